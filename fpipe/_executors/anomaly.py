@@ -59,6 +59,7 @@ from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, wide
 from fpipe._model.microbatch import Cut, cut_inputs
 from fpipe._model.model import Model, cast, wide_output
+from fpipe._model.needs import DIFFERENTIABLE
 from fpipe._model.stages import Leaf, X
 from fpipe._model.wrappers import Microbatches, NoChunk
 
@@ -71,7 +72,7 @@ _TAPPED = {
     "x": BackwardPart.INPUT,
     "carry": BackwardPart.INPUT,
     "borrowed": BackwardPart.BORROWED,
-    "side": BackwardPart.SIDE,
+    **dict.fromkeys(DIFFERENTIABLE, BackwardPart.SIDE),
 }
 
 
@@ -169,7 +170,7 @@ class _WatchedLayer:
             ForwardPart.NEW_STATE: is_bad(returned.get("state")),
             ForwardPart.PARAMS: is_bad(params),
             ForwardPart.BORROWED: is_bad(values.get("borrowed")),
-            ForwardPart.SIDE: is_bad(values.get("side")),
+            ForwardPart.SIDE: is_bad([values.get(name) for name in DIFFERENTIABLE]),
             ForwardPart.INPUT: is_bad(x.value),
             ForwardPart.STATE: is_bad(needs.get("state")),
         }

@@ -31,7 +31,7 @@ from fpipe._executors.gradients import as_scale, unscale_and_add
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.model import Model
-from fpipe._model.needs import call_needs
+from fpipe._model.needs import DIFFERENTIABLE, call_needs
 from fpipe._model.stages import Leaf
 from fpipe._model.wrappers import NoChunk
 
@@ -66,9 +66,21 @@ class Args(NamedTuple):
     @property
     def arguments(self) -> tuple[PyTree, ...]:
         """All that gradients are found for: those of `numbered`, and after them the
-        side inputs, which `argnums` cannot name.
+        differentiable needs (side inputs), which `argnums` cannot name.
         """
-        return (*self.numbered, self.needs["side"])
+        return (*self.numbered, *(self.needs[name] for name in DIFFERENTIABLE))
+
+    def with_arguments(self, arguments: Sequence[PyTree]) -> "Args":
+        """The same call with other values of `arguments`."""
+        params, x, *rest = arguments
+        count = len(self.targets)
+        needs = zip(DIFFERENTIABLE, rest[count:], strict=True)
+        return self._replace(
+            params=params,
+            x=x,
+            targets=tuple(rest[:count]),
+            needs={**self.needs, **dict(needs)},
+        )
 
     @property
     def inputs(self) -> dict[str, PyTree]:

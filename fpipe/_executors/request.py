@@ -28,6 +28,7 @@ from fpipe._core.pytrees import PyTree, Shape, is_inexact, is_traced, pack
 from fpipe._core.statics import check_leaves
 from fpipe._executors.call import Args
 from fpipe._executors.scheduling import Scheduling
+from fpipe._model.init import check_undeclared_rows
 from fpipe._model.loss import Loss
 from fpipe._model.microbatch import (
     BatchShapes,
@@ -37,8 +38,8 @@ from fpipe._model.microbatch import (
     cut_inputs,
 )
 from fpipe._model.model import Model
-from fpipe._model.needs import BY_NAME, INPUTS, Share
-from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, Stage, X
+from fpipe._model.needs import BY_NAME, DIFFERENTIABLE, INPUTS, Share
+from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
 from fpipe._model.state import (
     check_overwritten,
     check_pieces_of_state,
@@ -288,7 +289,7 @@ def check_state(
     shapes = CallShapes.of(args.x, args.needs, chunks)
     batch = shapes.whole or shapes.twice
     first = BatchShapes(*shapes.first, batch.rows[:1])
-    model.check_state(args.state, first, batch, params)
+    check_undeclared_rows(model, args.state, first, batch, params)
 
 
 def check_donated(kind: CallKind, args: Args, inputs: Inputs, model: Model) -> None:
@@ -420,7 +421,7 @@ def differentiable_inputs(args: Args) -> dict[str, PyTree]:
 
 
 def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]:
-    """The leaves of each of `(params, x, *targets, side)`."""
+    """The leaves of each of `args.arguments`: `(params, x, *targets, side)`."""
     # All targets are one port, a tuple, so their leaves are numbered through:
     # `targets[0]` may be the first array of the first target, `targets[1]` that of the
     # second.
@@ -429,8 +430,8 @@ def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]
     for target in args.targets:
         numbered.append(input_leaves(TARGETS, target, start))
         start += len(numbered[-1])
-    numbered.append(input_leaves(SIDE, args.needs["side"]))
-    return numbered
+    needs = [input_leaves(Port(name), args.needs[name]) for name in DIFFERENTIABLE]
+    return [*numbered, *needs]
 
 
 def wanted_leaves(

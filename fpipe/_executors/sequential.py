@@ -46,6 +46,7 @@ from fpipe._executors.call import (
 from fpipe._executors.request import check_state, check_static, numbered_leaves
 from fpipe._model.batch_norm import deferred
 from fpipe._model.function_layers import FunctionLayers
+from fpipe._model.init import init_params, init_state
 from fpipe._model.joining import Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import (
@@ -140,7 +141,7 @@ class Sequential(Call):
         check_key(key)
         first = CallShapes.of(x, call_needs(side=side), self.chunks).first
         with explicit_transfers():
-            return self.model.init(key, *first, self._executor.make_params)
+            return init_params(self.model, key, *first, self._executor.make_params)
 
     def init_state(
         self,
@@ -157,8 +158,8 @@ class Sequential(Call):
         shapes = CallShapes.of(x, call_needs(side=side), self.chunks)
         put = self._executor.make_state
         with explicit_transfers():
-            return self.model.init_state(
-                *shapes.first, params, key, put, shapes.whole, shapes.ready
+            return init_state(
+                self.model, *shapes.first, params, key, put, shapes.whole, shapes.ready
             )
 
     def place(
@@ -289,13 +290,7 @@ class PlainExecutor:
             arguments = dict(enumerate(args.arguments)) | dict(
                 zip(argnums, given, strict=True)
             )
-            params, x, *targets, side = arguments.values()
-            own = args._replace(
-                params=params,
-                x=x,
-                targets=tuple(targets),
-                needs={**args.needs, "side": side},
-            )
+            own = args.with_arguments(list(arguments.values()))
             y, left = self._microbatch(own, cut, i, state)
             value, weight, aux = loss(
                 y, cut.piece("targets", i, own.targets), f", microbatch {i}"

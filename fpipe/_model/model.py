@@ -2,8 +2,8 @@
 ends.
 
 In: functions and `Layer`s, nested or not. Out: a `Model`, which runs a span of its
-layers on one microbatch, and makes parameters and states. For an encoder that stashes
-"a", a decoder that pops it, and a head that borrows the encoder's parameters:
+layers on one microbatch; `init.py` makes its parameters and states. For an encoder that
+stashes "a", a decoder that pops it, and a head that borrows the encoder's parameters:
 
     layers    (encode, decode, head)
     routes    {Skip(-1, "a"): SkipRoute(maker=0, readers=(1,))}
@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +25,15 @@ from fpipe._core.pytrees import (
     PyTree,
     Shape,
     describe,
-    eval_shape,
     is_array,
     map_arrays,
-    numbers_as_arrays,
-    shapes_of,
     strong,
-    zeros_like,
 )
 from fpipe._core.settings import settings
-from fpipe._core.statics import check_leaves
 from fpipe._model.joining import check_output_axes
 from fpipe._model.layer import Layer, flatten_layers
 from fpipe._model.layer_calls import LayerCall, LayerResult, call_layer
-from fpipe._model.microbatch import BatchShapes
-from fpipe._model.needs import BY_NAME, Share, stand_ins
+from fpipe._model.needs import BY_NAME, Share
 from fpipe._model.scopes import scope_of
 from fpipe._model.signatures import defaults_of, keyword_needs, without_missing
 from fpipe._model.skip_routes import (
@@ -49,20 +43,8 @@ from fpipe._model.skip_routes import (
     number_namespaces,
     skip_of,
 )
-from fpipe._model.state import (
-    map_state,
-    may_have_rows,
-    overwritten,
-    refuse_followed_rows,
-    with_overwritten,
-)
+from fpipe._model.state import map_state, overwritten, with_overwritten
 from fpipe._model.wrappers import Chunk, Microbatches, wrappers_in
-
-# Parameters or state of a layer, from the shapes of its input and of its needs.
-Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
-
-# Runs a function of a key where a layer lives: `put(layer, make, key)`.
-Put: TypeAlias = Callable[[int, Callable[[Any], PyTree], Any], PyTree]
 
 
 class Borrow(NamedTuple):
@@ -338,299 +320,6 @@ class Model:
                     value = _finished(finish, value)
             finished[k] = value
         return finished
-
-    def init(
-        self, key: Any, x: PyTree, needs: Mapping[str, PyTree], put: Put
-    ) -> tuple[PyTree, ...]:
-        """Parameters of every layer from the shapes of one microbatch; layer `l` gets
-        `fold_in(key, l)`.
-
-        Arguments:
-            key: a PRNG key.
-            x, needs: one microbatch, arrays or shapes; of `needs` what the call gives.
-            put: `put(layer, make, key)` runs `make(key)` where the layer belongs.
-        """
-
-        def make_params(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            def make(key: Any) -> PyTree:
-                # The rule is public: parameters of one layer can be made again without
-                # the others, and no partition changes them.
-                own_key = jax.random.fold_in(key, k)
-                return self._make_params(k, own_key, zeros_like(x), zeros_like(needs))
-
-            return put(k, make, key)
-
-        return self._walk(x, needs, make_params, self._state_shapes)[0]
-
-    def init_state(
-        self,
-        x: PyTree,
-        needs: Mapping[str, PyTree],
-        params: Sequence[PyTree] | None,
-        key: Any,
-        put: Put,
-        batch: BatchShapes | None = None,
-        ready: Sequence[BatchShapes] = (),
-    ) -> tuple[PyTree, ...]:
-        """State of every layer (`None` for a layer without), from the shapes of one
-        microbatch; state of rows from those of the whole batch, or a piece for each
-        ready-made microbatch.
-
-        Arguments:
-            key: layer `l` gets `fold_in(key, l)`, as in `init`; `None` is
-                `jax.random.key(0)`.
-            batch: all microbatches together, if there are several.
-            ready: each of them, if they are ready-made.
-
-        Raises:
-            ValueError: a layer with state without `init_state`; state that follows the
-                rows where nobody has said what is meant.
-        """
-        # Most states begin with zeros and ones and need no key.
-        key = jax.random.key(0) if key is None else key
-
-        def params_of(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            if params is not None:
-                return params[k]
-            # Shapes are enough here, and parameters of a large model would not fit on
-            # one device.
-            return eval_shape(
-                lambda x, needs: self._make_params(k, jax.random.key(0), x, needs),
-                x,
-                needs,
-            )
-
-        def make_state(
-            k: int, x: PyTree, needs: Mapping[str, Any], piece: int | None = None
-        ) -> PyTree:
-            def make(key: Any) -> PyTree:
-                own_key = jax.random.fold_in(key, k)
-                if piece is not None:
-                    own_key = jax.random.fold_in(own_key, piece)
-                return self._make_state(k, own_key, zeros_like(x), zeros_like(needs))
-
-            return put(k, make, key)
-
-        def make_if(of_rows: bool, piece: int | None = None) -> Make:
-            """States of rows, or all others; of the rest shapes are enough."""
-            return lambda k, x, needs: (
-                make_state(k, x, needs, piece)
-                if of_rows == bool(self.layers[k].state_rows)
-                else self._state_shapes(k, x, needs)
-            )
-
-        of_rows = [k for k in self.stateful if self.layers[k].state_rows]
-        if ready and of_rows:
-            others = make_if(of_rows=False)
-            states = list(self._walk(x, needs, params_of, others)[1])
-            pieces = [
-                self._walk(one.x, one.needs, params_of, make_if(of_rows=True, piece=i))[
-                    1
-                ]
-                for i, one in enumerate(ready)
-            ]
-            for k in of_rows:
-                states[k] = Microbatches([piece[k] for piece in pieces])
-            return tuple(states)
-        if batch is None:
-            return self._walk(x, needs, params_of, make_state)[1]
-        states = list(self._walk(x, needs, params_of, make_if(of_rows=False))[1])
-        # State of rows is made for all rows at once, as without microbatches: what is
-        # drawn for each row does not depend on `chunks`.
-        if of_rows:
-            whole = make_if(of_rows=True)
-            made = self._walk(batch.x, batch.needs, params_of, whole)[1]
-            for k in of_rows:
-                states[k] = made[k]
-        suspects = self._may_follow_rows(states, batch.rows[:1])
-        if suspects:
-            self._refuse_undeclared_rows(suspects, states, batch, params_of)
-        return tuple(states)
-
-    def check_state(
-        self,
-        state: Sequence[PyTree],
-        first: BatchShapes,
-        batch: BatchShapes,
-        params: Sequence[PyTree],
-    ) -> None:
-        """Refuse a call's state that follows the rows where nobody has said what is
-        meant.
-
-        Arguments:
-            state: one entry per layer.
-            first, batch: one of several microbatches, and all of them together.
-            params: shapes will do.
-        """
-        suspects = self._may_follow_rows(state, (batch.rows[0], sum(batch.rows)))
-        if not suspects:
-            return
-
-        def params_of(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            del x, needs
-            return params[k]
-
-        few = self._shapes_of_states(first, params_of)
-        if few is not None:
-            self._refuse_undeclared_rows(suspects, few, batch, params_of)
-
-    def _may_follow_rows(
-        self, state: Sequence[PyTree], rows: Sequence[int]
-    ) -> list[int]:
-        """The layers whose state may follow the rows, and that do not say how it is
-        meant: a first look at shapes, which costs nothing.
-        """
-        return [
-            k
-            for k in self.stateful
-            if self.layers[k].state_rows is None
-            and self.layers[k].init_state is not None
-            and may_have_rows(state[k], rows)
-        ]
-
-    def _refuse_undeclared_rows(
-        self,
-        suspects: Sequence[int],
-        few: Sequence[PyTree],
-        batch: BatchShapes,
-        params_of: Make,
-    ) -> None:
-        """Refuse states that follow the rows.
-
-        Arguments:
-            suspects: the layers to look at.
-            few: the states for one microbatch.
-        """
-        # Only another number of rows shows whether 64 entries are rows or channels.
-        many = self._shapes_of_states(batch, params_of)
-        if many is not None:
-            for k in suspects:
-                refuse_followed_rows(k, self.layers[k], few[k], many[k], batch.rows)
-
-    def _shapes_of_states(
-        self, inputs: BatchShapes, params_of: Make
-    ) -> tuple[PyTree, ...] | None:
-        """The shapes of all states for some rows; `None` if they cannot be told."""
-        # This is only to see how a state is meant. A layer that cannot take so many
-        # rows (it has a shape written down), or one without `init_state` beside it, is
-        # no mistake.
-        try:
-            states_of = self._state_shapes
-            return self._walk(inputs.x, inputs.needs, params_of, states_of)[1]
-        except Exception:
-            return None
-
-    def _state_shapes(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-        return eval_shape(
-            lambda x, needs: self._make_state(k, jax.random.key(0), x, needs), x, needs
-        )
-
-    def _make_params(
-        self, k: int, key: Any, x: PyTree, needs: Mapping[str, Any]
-    ) -> PyTree:
-        init = self.layers[k].init
-        if init is None:
-            raise ValueError(
-                f"layer {k} {self.layers[k].name!r} has no init; give it one with "
-                "`fpipe.Layer(apply, init)`, write "
-                "`fpipe.fn(f)` for a function without parameters, or make the "
-                "parameters yourself and call `place(params)` "
-                "(and `init_state(x, params=params)`)"
-            )
-        with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
-            params = init(key, x, **self._named_needs("init", k, init, needs))
-            check_leaves(params, "params")
-            return numbers_as_arrays(params)
-
-    def _make_state(
-        self, k: int, key: Any, x: PyTree, needs: Mapping[str, Any]
-    ) -> PyTree:
-        init = self.layers[k].init_state
-        if init is None:
-            raise ValueError(
-                f"`init_state`: layer {k} {self.layers[k].name!r} has state but no "
-                "init_state; give it one with "
-                "`fpipe.Layer(apply, init_state=...)`"
-            )
-        with noting(f"in the init_state of layer {k} {self.layers[k].name!r}"):
-            needs = {**needs, "key": key}
-            state = init(x, **self._named_needs("init_state", k, init, needs))
-            check_leaves(state, "state")
-            return map_arrays(strong, numbers_as_arrays(state))
-
-    def _named_needs(
-        self, role: str, k: int, f: Callable[..., Any], needs: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The needs that an `init` or `init_state` names."""
-        # `init(key, x)` is enough for most layers, so only named needs are given.
-        named = keyword_needs(f)
-        who = f"the {role} of layer {k} {self.layers[k].name!r}"
-        for name in named:
-            if name not in needs:
-                raise TypeError(
-                    f"{who} names the need {name!r}; it can name {', '.join(needs)}"
-                )
-        head = "key, x" if role == "init" else "x"
-        return without_missing({n: needs[n] for n in named}, f, who, role, head)
-
-    def _walk(
-        self, x: PyTree, needs: Mapping[str, PyTree], params_of: Make, state_of: Make
-    ) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-        """Parameters and states layer by layer, the shapes of each one's inputs
-        computed on the way.
-        """
-        # Parameters and states are those of the model that computes in their own dtype:
-        # half precision is how a call computes, not what is kept.
-        plain = self
-        if self.compute_dtype is not None:
-            plain = Model(self.layers, one_key=self.one_key)
-        x = shapes_of(x)
-        # With a key: some layers always draw, and shapes are the same with and without.
-        call_needs = shapes_of(stand_ins(**needs))
-        self.check_given(call_needs, making=True)
-        params: dict[int, PyTree] = {}
-        states: dict[int, PyTree] = {}
-        skips: dict[Skip, PyTree] = {}
-        # A layer's `init` takes the shapes of its input, which only the layers before
-        # it tell. So layers are traced one after the other, and nothing is computed.
-        for k, layer in enumerate(self.layers):
-            owners = [owner for _, owner in self.borrows[k]]
-            # The owner's parameters are an argument of the borrower's `init`, so they
-            # must be there already. (A call may borrow from anywhere.)
-            late = [self.layers[owner].name for owner in owners if owner > k]
-            if late:
-                raise ValueError(
-                    f"`init`: layer {k} {layer.name!r} borrows from {late}, which come "
-                    "later; let the first user own the "
-                    "parameters and the later one borrow them, or make them yourself "
-                    "and call `place`"
-                )
-            layer_needs = {
-                "carry": {
-                    name: skips[skip_of(layer, name)]
-                    for name in (*layer.pop, *layer.peek)
-                },
-                "borrowed": {
-                    n: shapes_of(params[owner]) for n, owner in self.borrows[k]
-                },
-                **{n: value for n, value in call_needs.items() if n != "key"},
-            }
-            params[k] = params_of(k, x, layer_needs)
-            states[k] = state_of(k, x, layer_needs) if layer.asks("state") else None
-
-            def apply(
-                params: Any, x: Any, skips: Any, state: Any, needs: Any, k: int = k
-            ) -> Any:
-                span = range(k, k + 1)
-                return plain.apply(
-                    span, params, x, skips=skips, state=state, needs=needs, traced=True
-                )[:2]
-
-            # Only what this layer reads: the trace of the layer is kept by its
-            # arguments.
-            used = {owner: params[owner] for owner in (k, *owners)}
-            x, skips = eval_shape(apply, used, x, skips, {k: states[k]}, call_needs)
-        return tuple(params.values()), tuple(states.values())
 
 
 def cast(tree: PyTree, compute_dtype: Any) -> PyTree:

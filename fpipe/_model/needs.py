@@ -75,6 +75,9 @@ class Need:
             it.
         check: the argument of the call as it is kept, or an error.
         stand_in: its shape while shapes are found, before there is a call.
+        modes: the values without arrays that a call may give, where they decide which
+            function a layer computes: a function that is split is traced for each.
+        usual: the default of a layer's own that messages suggest, as it is written.
     """
 
     name: str
@@ -88,6 +91,8 @@ class Need:
     only_if_asked: bool = False
     check: Callable[[Any], Any] | None = None
     stand_in: Callable[[], Any] | None = None
+    modes: tuple[Any, ...] = ()
+    usual: str = "None"
 
 
 def check_key(key: Any) -> Any:
@@ -165,6 +170,7 @@ TABLE = (
         differentiable=False,
         check=check_key,
         stand_in=lambda: jax.eval_shape(lambda: jax.random.key(0)),
+        modes=(None,),  # Without a key a layer is deterministic.
     ),
     Need(
         "train",
@@ -174,6 +180,7 @@ TABLE = (
         missing=False,
         check=check_train,
         stand_in=lambda: False,
+        modes=(True, False),
     ),
     Need("borrowed", Giver.LAYER, Share.WHOLE, True, cast=True),
     # A mask that no layer looks at is a mistake. A key, a `train` or a step that no
@@ -195,6 +202,7 @@ TABLE = (
         required=True,
         check=check_step,
         stand_in=lambda: jax.ShapeDtypeStruct((), jnp.int32),
+        usual="0",
     ),
     Need("targets", Giver.CALL, Share.ROWS, True, keyword=False),
 )
@@ -205,6 +213,13 @@ NEEDS = tuple(need.name for need in TABLE if need.keyword)
 
 # The needs that a call gives beside `x` and targets, one value for all layers.
 OF_CALL = tuple(n for n in TABLE if n.keyword and n.giver is Giver.CALL)
+
+# The names of those that a gradient goes back through.
+DIFFERENTIABLE = tuple(need.name for need in OF_CALL if need.differentiable)
+
+# The needs that one function of parameters and `x` may have: what the call gives, and
+# its state. The others are between layers.
+OF_FUNCTION = (*(need.name for need in OF_CALL), "state")
 
 # Everything that a call gives, `x` first: `x` decides what a microbatch's rows are.
 INPUTS = ("x", *(need.name for need in OF_CALL), "targets")

@@ -218,11 +218,10 @@ def without_missing(
     for need, value in given.items():
         if value is None and BY_NAME[need].giver is Giver.CALL:
             if need in defaults and not defaults[need] and BY_NAME[need].required:
-                usual = "0" if need == "step" else "None"
                 raise ValueError(
                     f"{who} asks for the need {need!r}, which this call was not given: "
                     f"pass `{need}=...`, or give the parameter a default: "
-                    f"`def {name}({head}, *, {need}={usual})`"
+                    f"`def {name}({head}, *, {need}={BY_NAME[need].usual})`"
                 )
             # Of a wrapper that takes `**needs` nobody sees a default. What a layer
             # cannot do without is left out there too; then Python itself complains.

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from fpipe._core.pytrees import PyTree, describe, pack
 from fpipe._model.loss import Loss
 from fpipe._model.model import Model
-from fpipe._model.needs import INPUTS, OF_CALL
+from fpipe._model.needs import INPUTS, OF_CALL, Share
 from fpipe._model.skip_routes import Skip
 
 
@@ -65,6 +65,9 @@ LOSS, WEIGHT, AUX = (Port(k) for k in ("loss", "weight", "aux"))
 
 # The ports of what a call gives, `x` first.
 CALL_PORTS = tuple(Port(name) for name in INPUTS)
+
+# Those of them that any stage may read, and that are cut into microbatches.
+ROW_NEEDS = tuple(Port(need.name) for need in OF_CALL if need.share is Share.ROWS)
 
 
 @dataclasses.dataclass(frozen=True)

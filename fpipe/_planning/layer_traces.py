@@ -29,6 +29,7 @@ from fpipe._core.pytrees import (
     is_inexact,
     nbytes,
 )
+from fpipe._model.init import init_params, init_state
 from fpipe._model.model import Model
 from fpipe._model.needs import stand_ins
 from fpipe._model.remat import Remat
@@ -143,11 +144,11 @@ class LayerTraces:
         self._needs = {name: Shape.of(tree) for name, tree in needed.items()}
         key = needed["key"]
         if params is None:
-            params = model.init(key, x, needs, shape_of_made)
+            params = init_params(model, key, x, needs, shape_of_made)
         self.params = tuple(map(Shape.of, params))
         self.states: dict[int, Shape] = {}
         if model.stateful:
-            states = model.init_state(x, needs, params, key, shape_of_made)
+            states = init_state(model, x, needs, params, key, shape_of_made)
             self.states = {k: Shape.of(states[k]) for k in model.stateful}
         self.boundaries: list[Shape] = [Shape.of(x)]
         self.skips: dict[Skip, Shape] = {}

@@ -19,6 +19,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._executors.call import Args, as_argnums, check_argnums, check_params, checked
 from fpipe._model.frozen import Frozen, FrozenLeaves
+from fpipe._model.init import init_params, init_state
 from fpipe._model.loss import Loss
 from fpipe._model.microbatch import CallShapes
 from fpipe._model.model import Model
@@ -55,7 +56,7 @@ class StepRequest:
         first = shapes.first
         key = jax.eval_shape(lambda: jax.random.key(0))
         if params is None:
-            params = model.init(key, *first, shape_of_made)
+            params = init_params(model, key, *first, shape_of_made)
         check_params(model, params, "`plan(params, x)`")
         # As `place` would have them: a Python number becomes an array, and a weak type
         # strong, so that the programs are those of the call.
@@ -64,7 +65,7 @@ class StepRequest:
         )
         if state is None and model.stateful:
             batches = shapes.whole, shapes.ready
-            state = model.init_state(*first, params, key, shape_of_made, *batches)
+            state = init_state(model, *first, params, key, shape_of_made, *batches)
         args = checked(model, self.args._replace(params=params, state=state))
         numbers = as_argnums(self.argnums)
         check_argnums(self.argnums, numbers, args)

@@ -110,7 +110,7 @@ class Crossing:
         or what it is made again from, if that has no more bytes.
         """
         # Side inputs go to every piece that reads them, over no cut.
-        found: dict[int, tuple[int, ...]] = dict.fromkeys(self.traced.side, ())
+        found: dict[int, tuple[int, ...]] = dict.fromkeys(self.traced.row_needs, ())
         found |= {v: (v,) for v in self.traced.x}
         for node in self.traced.live:
             for v in node.outs:

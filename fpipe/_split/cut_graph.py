@@ -180,9 +180,10 @@ class _Values:
         self._cut, self._traced = cut, cut.traced
         self._inputs: dict[int, str] = {}
         traced = self._traced
-        for name in ("x", "side", "key", "step"):
-            named = _names(name, getattr(kind, name).tree)
-            self._inputs.update(zip(getattr(traced, name), named, strict=True))
+        inputs = zip(traced.needs.items(), kind.needs, strict=True)
+        for (name, values), shape in ((("x", traced.x), kind.x), *inputs):
+            named = _names(name, shape.tree)
+            self._inputs.update(zip(values, named, strict=True))
         named = _names("state", state)
         for v, rows in zip(traced.state, traced.state_roots, strict=True):
             self._inputs[v] = rows.label(named[rows.leaf])
@@ -202,14 +203,12 @@ class _Values:
         straight = [traced.x[n] for n in sorted(self._cut.straight)]
         readers = {
             v: tuple(k for k, piece in enumerate(pieces) if v in piece.given)
-            for v in (*straight, *traced.side)
+            for v in (*straight, *traced.row_needs)
         }
-        for values, asks in (
-            (traced.key, [piece.key for piece in pieces]),
-            (traced.step, [piece.step for piece in pieces]),
-        ):
-            own = tuple(k for k, asked in enumerate(asks) if asked)
-            readers |= dict.fromkeys(values, own)
+        for name, values in traced.needs.items():
+            own = tuple(k for k, piece in enumerate(pieces) if name in piece.needs)
+            if own:
+                readers |= dict.fromkeys(values, own)
         for v, own in readers.items():
             if own:
                 value = self._value(v)

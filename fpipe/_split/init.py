@@ -37,9 +37,10 @@ from fpipe._core.pytrees import (
     zeros,
 )
 from fpipe._model.function_layers import FunctionLayers
+from fpipe._model.init import Put, init_state
 from fpipe._model.layer import Layer
 from fpipe._model.microbatch import BatchShapes
-from fpipe._model.model import Model, Put
+from fpipe._model.model import Model
 from fpipe._model.signatures import keyword_needs
 from fpipe._model.wrappers import unwrapped
 from fpipe._program.graph import Graph, Node, evaluate, inline, needed_nodes, trace
@@ -212,14 +213,15 @@ def make_state(
         key: `init_state` gets `fold_in(key, 0)`; `None`: of `jax.random.key(0)`.
         x, needs: shapes of a microbatch.
         put: `put(piece, make, key)` runs `make(key)` where a piece lives.
-        batch, ready: all microbatches together, or each; see `Model.init_state`.
+        batch, ready: all microbatches together, or each; see
+            `fpipe._model.init.init_state`.
     """
     key = jax.random.key(0) if key is None else key
     params = (pieces.param_shapes,)
     # All of it at once: a state is small, or it is of rows and begins with zeros.
-    state = Model([function]).init_state(
-        x, needs, params, key, lambda _, make, key: make(key), batch, ready
-    )[0]
+    whole: Put = lambda _, make, key: make(key)  # noqa: E731
+    model = Model([function])
+    state = init_state(model, x, needs, params, key, whole, batch, ready)[0]
     return tuple(
         None if own is None else put(k, lambda _, own=own: own, key)
         for k, own in enumerate(pieces.state(state))

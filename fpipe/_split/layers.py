@@ -29,7 +29,9 @@ from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, pack, zeros
 from fpipe._core.settings import settings
 from fpipe._executors.tracers import only_shapes
 from fpipe._model.layer import Layer
+from fpipe._model.needs import OF_CALL
 from fpipe._model.skips import peek, pop, stash
+from fpipe._model.stages import SIDE
 from fpipe._model.straight import (
     arrays_in_place,
     rejoined,
@@ -302,8 +304,7 @@ class Wiring:
         state: which piece reads and writes each array of the state, or rows of one.
         lenders: for each piece the pieces that it borrows of.
         sources: for each piece the pieces whose skip it reads.
-        side: for each piece whether it reads something that comes as side inputs.
-        key, step: for each piece whether it reads the key, or the step.
+        needs: for each piece what it reads of the needs that the call gives.
         used: the leaves of the parameters that some piece reads.
     """
 
@@ -312,9 +313,7 @@ class Wiring:
     state: Owners
     lenders: tuple[tuple[int, ...], ...]
     sources: tuple[tuple[int, ...], ...]
-    side: tuple[bool, ...]
-    key: tuple[bool, ...]
-    step: tuple[bool, ...]
+    needs: tuple[frozenset[str], ...]
     used: frozenset[int]
 
     @property
@@ -337,8 +336,7 @@ class Wiring:
         lent = {self.params.place_of(roots[r]).piece for r in piece.params} - {k}
         skips = set(trace.skips(k).values())
         fits = lent <= set(self.lenders[k]) and skips <= set(self.sources[k])
-        fits = fits and trace.asks_side[k] <= self.side[k]
-        return fits and piece.key <= self.key[k] and piece.step <= self.step[k]
+        return fits and trace.needs[k] <= self.needs[k]
 
 
 def skip_name(k: int) -> str:
@@ -353,16 +351,14 @@ def _wire(cut: CutFunction) -> Wiring:
     traces = [cut.trace(kind) for kind in _modes(cut, cut.first)]
     count, params = len(traces[0].pieces), cut.param_owners
     owner = [params.place_of(rows).piece for rows in cut.roots]
-    lenders, sources, side, key, step = [], [], [], [], []
+    lenders, sources, needs = [], [], []
     for k in range(count):
         pieces = [trace.pieces[k] for trace in traces]
         mine = {owner[root] for piece in pieces for root in piece.params} - {k}
         lenders.append(tuple(sorted(mine)))
         makers = {maker for trace in traces for maker in trace.skips(k).values()}
         sources.append(tuple(sorted(makers)))
-        side.append(any(trace.asks_side[k] for trace in traces))
-        key.append(any(piece.key for piece in pieces))
-        step.append(any(piece.step for piece in pieces))
+        needs.append(frozenset[str]().union(*(trace.needs[k] for trace in traces)))
     lending = {k for own in lenders for k in own}
     pieces = [piece for trace in traces for piece in trace.pieces]
     used = frozenset(cut.roots[r].leaf for piece in pieces for r in piece.params)
@@ -378,9 +374,7 @@ def _wire(cut: CutFunction) -> Wiring:
         state,
         tuple(lenders),
         tuple(sources),
-        tuple(side),
-        tuple(key),
-        tuple(step),
+        tuple(needs),
         used,
     )
 
@@ -410,24 +404,17 @@ def _modes(cut: CutFunction, first: Kind) -> list[Kind]:
     """The kinds of a microbatch, as it is trained and as it is evaluated, and the other
     kinds that layers take.
     """
-    needs = cut.function.layer.needs or ()
-    keys = [first.key, Shape.of(None)] if "key" in needs else [first.key]
-    trains = [first.train, not first.train] if "train" in needs else [first.train]
+    _, *rest = first.modes(cut.function.layer.needs or ())
     found = [first]
-    for key in keys:
-        for train in trains:
-            kind = first.replace(key, train)
-            if kind in found:
-                continue
-            try:
-                cut.placed(kind)
-            except jax.errors.UnexpectedTracerError:
-                raise  # A value that an earlier trace has left.
-            except Exception:
-                # Some functions cannot train without a key: a call in that mode says
-                # so.
-                continue
-            found.append(kind)
+    for kind in rest:
+        try:
+            cut.placed(kind)
+        except jax.errors.UnexpectedTracerError:
+            raise  # A value that an earlier trace has left.
+        except Exception:
+            # Some functions cannot train without a key: a call in that mode says so.
+            continue
+        found.append(kind)
     return [*found, *cut.others]
 
 
@@ -497,14 +484,11 @@ class PieceLayer:
         k, wiring = self.number, self.cut.wiring
         needs = ["carry"] if wiring.sources[k] or k in wiring.last_reader else []
         needs += ["borrowed"] if wiring.lenders[k] else []
-        asked = self.cut.function.layer.needs or ()
-        # The first piece looks at all that decides which trace it is.
-        first = k == 0
-        has_side = "side" in asked or any(wiring.side)
-        needs += ["side"] if wiring.side[k] or (first and has_side) else []
-        needs += ["step"] if wiring.step[k] or (first and "step" in asked) else []
-        needs += ["key"] if wiring.key[k] and "key" in asked else []
-        needs += ["train"] if first and "train" in asked else []
+        asked = wiring.needs[k]
+        if k == 0:
+            # The first piece looks at all that decides which trace it is.
+            asked = asked.union(self.cut.function.layer.needs or (), *wiring.needs)
+        needs += [need.name for need in OF_CALL if need.name in asked]
         state = wiring.state.owned[k]
         needs += ["state"] if state else []
         return Layer(
@@ -540,14 +524,13 @@ class PieceLayer:
             given.update(zip(trace.boundaries[k - 1], x.values, strict=False))
         else:
             given.update({traced.x[n]: a for n, a in arrays_in_place(x).items()})
-        if piece.key:
-            given.update(zip(traced.key, pack(needs.get("key"))[0], strict=True))
-        if trace.asks_side[k]:
+        for name, values in traced.needs.items():
+            if name in trace.needs[k]:
+                arrays, _ = pack(user_side(needs.get(name)))
+                given.update(zip(values, arrays, strict=True))
+        if SIDE.kind in trace.needs[k]:
             straight = straight_arrays(side)
-            given.update(zip(traced.side, pack(user_side(side))[0], strict=True))
             given.update({traced.x[n]: straight[n] for n in trace.straight})
-        if piece.step:
-            given.update(zip(traced.step, pack(needs["step"])[0], strict=True))
         in_block = self.cut.state_in_blocks[k]
         blocks = zip(state, in_block, needs.get("state", ()), strict=True)
         for block, roots, value in blocks:

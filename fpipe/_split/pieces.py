@@ -35,6 +35,8 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._core.pytrees import is_inexact, nbytes
+from fpipe._model.needs import BY_NAME, ROW_INPUTS, Share
+from fpipe._model.stages import SIDE
 from fpipe._planning.costs import Sent
 from fpipe._program.flops import flops
 from fpipe._program.graph import Node
@@ -56,8 +58,9 @@ class Piece:
         params: the roots that it reads, in the order of first use.
         takes: the values that it reads of earlier pieces, each with the piece that
             makes it, in the order of first use.
-        given: the arrays of `x` and of the side inputs that it reads of the call.
-        key, step: whether it reads the key, or the step.
+        given: the arrays of `x` and of needs that are cut into microbatches, as side
+            inputs are, that it reads of the call.
+        needs: the needs that are the same for all microbatches, and that it reads.
         flops: of its forward.
         again: the values of the data that it makes again, which an earlier piece has
             made.
@@ -67,8 +70,7 @@ class Piece:
     params: tuple[int, ...]
     takes: Mapping[int, int]
     given: tuple[int, ...]
-    key: bool
-    step: bool
+    needs: frozenset[str]
     again: tuple[int, ...]
 
     @property
@@ -95,10 +97,20 @@ class CutTrace:
         return tuple(k for k, piece in enumerate(self.pieces) if v in piece.given)
 
     @cached_property
-    def asks_side(self) -> tuple[bool, ...]:
-        """For each piece whether it reads something that comes as side inputs."""
-        values = {*self.traced.side, *(self.traced.x[n] for n in self.straight)}
-        return tuple(not values.isdisjoint(piece.given) for piece in self.pieces)
+    def needs(self) -> tuple[frozenset[str], ...]:
+        """For each piece the needs that it reads."""
+        by_name = dict(self.traced.needs)
+        # What goes straight to pieces comes as side inputs.
+        straight = (self.traced.x[n] for n in self.straight)
+        by_name[SIDE.kind] = (*by_name[SIDE.kind], *straight)
+        return tuple(
+            piece.needs.union(
+                name
+                for name in ROW_INPUTS
+                if not set(by_name.get(name, ())).isdisjoint(piece.given)
+            )
+            for piece in self.pieces
+        )
 
     @cached_property
     def costs(self) -> tuple[float, ...]:
@@ -264,7 +276,7 @@ def _homes(
     nothing: frozenset[int] = frozenset()
     made_of = {v: frozenset([root]) for root, v in enumerate(traced.params)}
     if straight is None:
-        homes = dict.fromkeys((*traced.x, *traced.key), 0)
+        homes = dict.fromkeys((*traced.x, *traced.needs["key"]), 0)
     else:
         homes = {v: 0 for n, v in enumerate(traced.x) if n not in straight}
     homes.update(zip(traced.state, state_owners, strict=True))
@@ -318,7 +330,7 @@ def _piece(
     graph, maker = traced.graph, traced.graph.maker
     root_of = traced.root_of
     # What it reads and no piece makes.
-    of_call = {*traced.x, *traced.side}
+    of_call = {*traced.x, *traced.row_needs}
     forced = [
         node
         for node in traced.effects
@@ -369,9 +381,13 @@ def _piece(
         tuple(root_of[v] for v in reads if v in root_of),
         {v: homes[v] for v in reads if is_earlier(v)},
         tuple(v for v in reads if v in of_call and not is_earlier(v)),
-        key=k == 0 or any(v in reads and not is_earlier(v) for v in traced.key),
-        step=not set(traced.step).isdisjoint(reads),
-        again=tuple(again),
+        frozenset(
+            name
+            for name, values in traced.needs.items()
+            if BY_NAME[name].share is Share.WHOLE
+            and any(v in read and not is_earlier(v) for v in values)
+        ),
+        tuple(again),
     )
 
 

@@ -4,13 +4,14 @@ In: the user's function, its parameters, and a microbatch, or their shapes. Out:
 `Split`. A `Pipe` runs its layers. It also converts the user's own tree of parameters to
 the layers' parameters, and back. The steps, one module each:
 
-    mark.py      `fpipe.cut`, which an author writes into the function
-    trace.py     the function's graph, whose inputs have names
-    opening.py   loops over layers, written out; stacked parameters and state by rows
-    cuts.py      the places: marks, paths of parameters, or the best narrow places
-    state.py     the piece of each array of the state
-    pieces.py    the equations, the inputs and the outputs of each piece
-    layers.py    the pieces as layers, over all traces of the function
+    mark.py           `fpipe.cut`, which an author writes into the function
+    trace.py          the function's graph, whose inputs have names
+    opening.py        loops over layers, written out, and checkpointed models
+    row_rewriting.py  stacked parameters and state, read by rows
+    cuts.py           the places: marks, paths of parameters, or the best narrow places
+    state.py          the piece of each array of the state
+    pieces.py         the equations, the inputs and the outputs of each piece
+    layers.py         the pieces as layers, over all traces of the function
 
 A `CutGraph` (`cut_graph.py`) describes the result. `table.py` prints it as tables, and
 `svg.py` draws it.
@@ -44,7 +45,7 @@ from fpipe._model.function_layers import FunctionLayers, OwnTree
 from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import CallShapes, Cut, Whole
 from fpipe._model.model import Model
-from fpipe._model.needs import call_needs
+from fpipe._model.needs import BY_NAME, OF_FUNCTION, call_needs
 from fpipe._model.straight import StraightInputs, only
 from fpipe._model.wrappers import Microbatches
 from fpipe._planning.text import counted
@@ -639,12 +640,11 @@ def split(
         "of a linen module, or one that merges a module of NNX or Equinox"
     ):
         layer = as_layer(fn)
-    refused = [n for n in layer.needs or () if n in ("carry", "borrowed")]
+    refused = [name for name in layer.needs or () if name not in OF_FUNCTION]
     if refused:
         raise TypeError(
             f"`fpipe.split(fn)`: {layer.name!r} asks for {', '.join(refused)}, and a "
-            "function that is split can only have the needs side, key, state, train "
-            "and step"
+            f"function that is split can only have the needs {', '.join(OF_FUNCTION)}"
         )
     if layer.finish or layer.overwrite:
         raise TypeError(
@@ -674,8 +674,8 @@ def split(
             f"shapes, got {describe(x)}, which has no array"
         )
     needs = call_needs(side=side, key=key, train=train, step=step)
-    for name, given in (("side", side), ("key", key), ("step", step), ("train", train)):
-        if given is not None and given is not False and not layer.asks(name):
+    for name, given in needs.items():
+        if given is not BY_NAME[name].missing and not layer.asks(name):
             raise ValueError(
                 f"`fpipe.split(fn, {name}=...)`: {layer.name!r} does not ask for it: "
                 f"make it a keyword-only parameter, `def {layer.name}(params, x, *, "

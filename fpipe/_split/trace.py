@@ -21,7 +21,7 @@ graph, in which the cuts have to be found again.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,7 @@ from fpipe._model.layer import Layer
 from fpipe._model.layer_calls import LayerCall, call_layer
 from fpipe._model.microbatch import Whole, cut_inputs
 from fpipe._model.model import cast, wide_output
+from fpipe._model.needs import OF_CALL, ROW_INPUTS
 from fpipe._planning.hardware import machine
 from fpipe._program.graph import (
     Graph,
@@ -56,7 +57,8 @@ from fpipe._program.graph import (
 )
 from fpipe._program.roofline import RECOMPUTED, costs
 from fpipe._split.mark import Mark
-from fpipe._split.opening import Checkpoint, Stacks, WholeLoop, open_trace
+from fpipe._split.opening import Checkpoint, WholeLoop, open_trace
+from fpipe._split.row_rewriting import Stacks
 from fpipe._split.stacks import Roots, Rows
 
 # What JAX raises where Python asks for what a tracer does not know.
@@ -73,26 +75,39 @@ class Kind:
     """What a trace is for: everything that decides how the function is traced.
 
     Attributes:
-        x, side, key, step: the shapes of one microbatch; `Shape.of(None)` of what is
-            not given.
-        train: as the call has it.
+        x: the shapes of one microbatch.
+        needs: those of its share of what the call gives, for each of `OF_CALL`. What is
+            not given has no arrays, nor has `train`: such values are parts of a shape.
     """
 
     x: Shape
-    side: Shape
-    key: Shape
-    step: Shape
-    train: bool
+    needs: tuple[Shape, ...]
 
     @classmethod
     def of(cls, x: PyTree, needs: Mapping[str, Any]) -> "Kind":
         """From arrays, tracers or shapes."""
-        shapes = {name: Shape.of(needs.get(name)) for name in ("side", "key", "step")}
-        return cls(Shape.of(x), **shapes, train=bool(needs.get("train")))
+        given = [needs.get(need.name) for need in OF_CALL]
+        return cls(
+            Shape.of(x),
+            tuple(
+                Shape.of(need.missing if value is None else value)
+                for need, value in zip(OF_CALL, given, strict=True)
+            ),
+        )
 
-    def replace(self, key: Shape, train: bool) -> "Kind":
-        """The same microbatch in another mode."""
-        return dataclasses.replace(self, key=key, train=train)
+    def modes(self, asked: Collection[str]) -> Iterator["Kind"]:
+        """The same microbatch in each mode, as it is first: with a key and without, as
+        it is trained and as it is evaluated.
+
+        Arguments:
+            asked: the needs that the function has.
+        """
+        choices = [
+            (own, *(map(Shape.of, need.modes) if need.name in asked else ()))
+            for need, own in zip(OF_CALL, self.needs, strict=True)
+        ]
+        for needs in dict.fromkeys(itertools.product(*choices)):
+            yield Kind(self.x, needs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +196,8 @@ class Traced:
         checkpoints: the checkpoints that an equation was in, the outermost first.
         roots: the parameters, and the rows of parameters, that it reads by themselves.
         params: the graph's value of each.
-        x, side, key, step: the graph's values of these inputs' arrays.
+        x: the graph's values of the arrays of `x`.
+        needs: those of what the call gives, by need.
         state_roots: the arrays of the state, and the rows of them, that it reads by
             themselves.
         state: the graph's value of each.
@@ -201,9 +217,7 @@ class Traced:
     roots: tuple[Rows, ...]
     params: tuple[int, ...]
     x: tuple[int, ...]
-    side: tuple[int, ...]
-    key: tuple[int, ...]
-    step: tuple[int, ...]
+    needs: Mapping[str, tuple[int, ...]]
     state_roots: tuple[Rows, ...]
     state: tuple[int, ...]
     output: Any
@@ -251,9 +265,14 @@ class Traced:
         return {node: n for n, node in enumerate(self.graph.nodes)}
 
     @cached_property
+    def row_needs(self) -> tuple[int, ...]:
+        """The graph's values of the needs that are cut into microbatches."""
+        return tuple(v for name in ROW_INPUTS for v in self.needs.get(name, ()))
+
+    @cached_property
     def of_data(self) -> set[int]:
         """The values that depend on the microbatch."""
-        return dependents(self.graph, (*self.x, *self.side))
+        return dependents(self.graph, (*self.x, *self.row_needs))
 
     @cached_property
     def of_params(self) -> set[int]:
@@ -263,7 +282,7 @@ class Traced:
     @cached_property
     def of_key(self) -> set[int]:
         """The values that depend on the key."""
-        return dependents(self.graph, self.key)
+        return dependents(self.graph, self.needs["key"])
 
     @cached_property
     def of_state(self) -> set[int]:
@@ -376,8 +395,8 @@ def trace_function(
 
     Arguments:
         cut_leaves, roots: see `open_trace`.
-        dtype: what parameters, `x` and side inputs are cast to before, if they are real
-            floats; what comes out in it becomes float32.
+        dtype: what parameters, `x` and the needs that are cast are cast to before, if
+            they are real floats; what comes out in it becomes float32.
 
     Raises:
         ValueError: it holds a value of a trace around it.
@@ -386,9 +405,7 @@ def trace_function(
     parts = (
         function.params,
         kind.x,
-        kind.side,
-        kind.key,
-        kind.step,
+        *kind.needs,
         function.state_of(kind.x),
     )
     outputs: list[Any] = []
@@ -397,14 +414,17 @@ def trace_function(
     def run(*values: Any) -> list[Any]:
         watch.see(values[-1])
         rest = iter(values)
-        params, x, side, key, step, state = (
+        params, x, *given, state = (
             part.spec.unpack([next(rest) for _ in part.leaves]) for part in parts
         )
         # Casts are equations too: those of parameters are made where they are used.
-        params, x, side = cast((params, x, side), dtype)
-        given = {"side": side, "key": key, "step": step, "train": kind.train}
-        given["state"] = state
-        needs = {name: given[name] for name in function.layer.needs or ()}
+        params, x = cast((params, x), dtype)
+        by_name = {
+            need.name: cast(value, dtype) if need.cast else value
+            for need, value in zip(OF_CALL, given, strict=True)
+        }
+        by_name["state"] = state
+        needs = {name: by_name[name] for name in function.layer.needs or ()}
         result = call_layer(function.layer, 0, LayerCall(params, x, {}, needs))
         arrays, spec = pack(wide_output(result.y, dtype))
         outputs.append(spec)
@@ -423,7 +443,7 @@ def trace_function(
         )
     kept = watch.kept()
     rest = iter(graph.inputs)
-    params, x, side, key, step, state = (
+    params, x, *given, state = (
         tuple(next(rest) for _ in part.leaves) for part in parts
     )
     count = outputs[-1].arrays
@@ -431,22 +451,21 @@ def trace_function(
         params, state, graph.outputs[count:], bool(function.layer.state_rows)
     )
     opened = open_trace(graph, stacks, cut_leaves, roots)
+    by_rows = opened.by_rows
     return Traced(
-        opened.graph,
+        by_rows.graph,
         opened.marks,
         opened.rounds,
         opened.checkpoints,
-        opened.roots.params,
-        opened.params,
+        by_rows.roots.params,
+        by_rows.params,
         x,
-        side,
-        key,
-        step,
-        opened.roots.state,
-        opened.state,
+        {need.name: own for need, own in zip(OF_CALL, given, strict=True)},
+        by_rows.roots.state,
+        by_rows.state,
         output=outputs[-1],
-        outputs=opened.graph.outputs[:count],
-        new_state=opened.new_state,
+        outputs=by_rows.graph.outputs[:count],
+        new_state=by_rows.new_state,
         whole_loops=opened.whole_loops,
         kept=describe(kept[0]) if kept else "",
         jaxpr=closed,

@@ -28,9 +28,10 @@ from fpipe._executors.scan.packing import Packed
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen
 from fpipe._model.function_layers import model_of, params_by_layer, state_by_layer
+from fpipe._model.init import Put, init_params, init_state
 from fpipe._model.layer import Layer
 from fpipe._model.microbatch import CallShapes
-from fpipe._model.model import Model, Put
+from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.stages import SIDE, Leaf, X
 from fpipe._model.straight import StraightInputs, arrays_in_place, rejoined
@@ -178,7 +179,7 @@ class UserTrees:
         Raises:
             TypeError, ValueError: nothing makes them.
         """
-        return self.model.init(key, x, needs, put)
+        return init_params(self.model, key, x, needs, put)
 
     def init_state(
         self, key: Any, shapes: CallShapes, params: Sequence[PyTree] | None, put: Put
@@ -192,7 +193,8 @@ class UserTrees:
             TypeError, ValueError: nothing makes it.
         """
         batches = shapes.whole, shapes.ready
-        return self.model.init_state(*shapes.first, params, key, put, *batches)
+        first = shapes.first
+        return init_state(self.model, *first, params, key, put, *batches)
 
 
 @dataclasses.dataclass(frozen=True)

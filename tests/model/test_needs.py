@@ -1,6 +1,8 @@
 """The table of needs, and the need `step`: a row of it, and nothing else."""
 
+import ast
 import inspect
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,31 @@ import fpipe
 import fpipe.testing
 from fpipe._model.needs import BY_NAME, INPUTS, NEEDS, OF_CALL, TABLE, Giver, call_needs
 from tests.helpers import WIDTH, assert_same, dense, mse, noise, raises
+from tests.house import sources
+
+# The modules that name a need by a string, and why. All others ask the table.
+NAMED = {
+    "train": {
+        "_model.needs": "its row",
+        "_split.split": "messages name the argument",
+        "testing": "messages name the argument",
+        "flax._calling": "what modules call it",
+        "flax._function": "what modules call it",
+    },
+    "side": {
+        "_model.needs": "its row",
+        "_model.stages": "its port",
+        "_split.split": "what goes straight to a piece comes with it",
+        "_split.layers": "what goes straight to a piece comes with it",
+        "_split.user_trees": "what goes straight to a piece comes with it",
+        "_planning.pipe_balance": "`Pipe(sample_side=...)`",
+        "_executors.anomaly": "the tap of a loss, whose targets take its place",
+        "testing": "messages name the argument",
+        "flax._calling": "what modules call it",
+        "flax._function": "what modules call it",
+        "flax._layers": "what modules call it",
+    },
+}
 
 X = noise(jax.random.key(0), (8, WIDTH))
 
@@ -58,6 +85,22 @@ def test_what_a_call_gives_is_in_the_order_of_the_table_and_complete():
     assert list(call_needs()) == [need.name for need in OF_CALL]
     assert set(INPUTS) == {n.name for n in TABLE if n.giver is Giver.CALL}
     assert set(NEEDS) == {need.name for need in TABLE if need.keyword}
+
+
+@pytest.mark.parametrize("need", NAMED)
+def test_a_need_is_named_in_the_table_and_where_it_means_more(need: str):
+    package = pathlib.Path(fpipe.__file__).parent
+    texts = {k: text for k, text in sources(package).items() if f'"{need}"' in text}
+    found = {name for name, text in texts.items() if need in strings(text)}
+    assert found == {f"fpipe.{module}" for module in NAMED[need]}
+
+
+def strings(source):
+    """The strings of a source, without documentation."""
+    nodes = list(ast.walk(ast.parse(source)))
+    alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    found = (node for node in nodes if isinstance(node, ast.Constant))
+    return {node.value for node in found if id(node) not in alone}
 
 
 @every

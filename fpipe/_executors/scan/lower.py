@@ -38,7 +38,7 @@ from fpipe._model.microbatch import Rows
 from fpipe._model.model import LAYER_CALL
 from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.remat import Remat
-from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, Stage, X
+from fpipe._model.stages import ROW_NEEDS, TARGETS, Leaf, Port, Stage, X
 from fpipe._program.code import Input
 from fpipe._program.control_flow import asks_host
 from fpipe._program.graph import called, inline
@@ -88,12 +88,12 @@ def lower(
     # Only the first unit reads `x` and only the last one the targets, and a side input
     # may have one reader too. All other devices would hold them for nothing. What goes
     # whole to every microbatch stays whole, and so does what several stages read.
-    cut, readers = inputs.cut, _readers_of_side(work)
+    cut, readers = inputs.cut, _readers_of_needs(work)
     spread = frozenset(
         InputStack(leaf, shape)
-        for port in (X, SIDE, TARGETS)
+        for port in (X, *ROW_NEEDS, TARGETS)
         for leaf in inputs.cut_leaves(port)
-        if port != SIDE or len(readers.get(leaf, ())) == 1
+        if port not in ROW_NEEDS or len(readers.get(leaf, ())) == 1
         for shape, own in enumerate(cut.alike)
         # One microbatch alone is on each device in either way.
         if len(own) > 1 and is_large(inputs.stack(leaf, shape), schedule.devices)
@@ -195,14 +195,14 @@ def _asks_host(stage: Stage, flat: FlatStage) -> str:
     return "the loss function" if asks_host(inline(flat.closed).nodes) else ""
 
 
-def _readers_of_side(work: Work) -> dict[Leaf, set[int]]:
-    """The stages that read each array of the side inputs."""
+def _readers_of_needs(work: Work) -> dict[Leaf, set[int]]:
+    """The stages that read each array of the needs that are cut into microbatches."""
     readers: dict[Leaf, set[int]] = {}
     for group in work.groups:
         for unit in group.units:
             for program in unit.programs.values():
                 for value in program.ins:
-                    if isinstance(value, Input) and value.leaf.port == SIDE:
+                    if isinstance(value, Input) and value.leaf.port in ROW_NEEDS:
                         stages = readers.setdefault(value.leaf, set())
                         stages.add(unit.stage.pipe_stage)
     return readers
