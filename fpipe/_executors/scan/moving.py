@@ -75,7 +75,7 @@ class Mover:
         own = row[feed.piece]
 
         def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
-            # `own` is the piece of its own that a device puts in now. Behind its last
+            # `own` is the piece of its own that a device puts in now. After its last
             # one it stands for none: the device passes on what has come.
             here = []
             for stack, a in zip(feed.stacks, come, strict=True):
