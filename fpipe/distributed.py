@@ -30,8 +30,8 @@ from fpipe._core.processes import arrive
 from fpipe._core.pytrees import PyTree, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.scan.packing import Packed
-from fpipe._executors.transfers import spread_evenly
-from fpipe._split.stacks import joined
+from fpipe._executors.transfers import evenly, spread_evenly
+from fpipe._split.stacks import RowBlocks, joined
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
 
@@ -170,7 +170,14 @@ def spread(tree: PyTree) -> PyTree:
         made = spread_evenly(arrays)
         if jax.process_count() > 1:
             arrive(made, lambda: "all processes to have what is spread")
-        return joined(spec.unpack(made))
+        return joined(spec.unpack(made), _whole)
+
+
+def _whole(blocks: RowBlocks) -> Any:
+    """A stacked leaf, whose blocks lie over all devices, as one array that does too."""
+    if not all(isinstance(block, jax.Array) for block in blocks.blocks):
+        return blocks.join()
+    return jax.jit(RowBlocks.join, out_shardings=evenly(blocks.shape))(blocks)
 
 
 def shutdown() -> None:

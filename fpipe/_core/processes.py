@@ -296,6 +296,12 @@ def connect(links: Iterable[Link]) -> None:
                 sent.block_until_ready()
 
 
+def goes_as_it_is(array: Any) -> bool:
+    """Whether `jax.device_put` sends an array, or one of this shape."""
+    is_key = jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return array.size > 0 and not is_key
+
+
 def put_across(
     arrays: Sequence[Any],
     targets: Sequence[Sharding],
@@ -320,7 +326,7 @@ def put_across(
         if array.size == 0:
             made[n] = _empty(array, targets[n])
             continue
-        if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if not goes_as_it_is(array):
             keys[n] = jax.random.key_impl(array)
             made[n] = jax.random.key_data(array)
         sent.append(n)

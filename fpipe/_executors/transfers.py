@@ -275,20 +275,27 @@ def bring_across(
     return send_across(sendings, parts, describe)
 
 
+def evenly(shape: Sequence[int]) -> NamedSharding:
+    """How an array lies over all devices of all processes: cut along the longest axis
+    that can be divided; whole on each, if there is none.
+    """
+    mesh = Mesh(np.array(jax.devices()), "device")
+    axes = [k for k, size in enumerate(shape) if size % mesh.size == 0]
+    along = max(axes, key=lambda k: shape[k], default=None)
+    spec = P() if along is None else P(*[None] * along, "device")
+    return NamedSharding(mesh, spec)
+
+
 def spread_evenly(arrays: Sequence[Any]) -> list[Any]:
     """Arrays over all devices of all processes, each along the longest axis that can be
     divided. Every process calls it, with the same arrays; what is no array of JAX
     stays.
     """
-    mesh = Mesh(np.array(jax.devices()), "device")
     spread = list(arrays)
     for n, array in enumerate(arrays):
         if not isinstance(array, jax.Array):
             continue
-        axes = [k for k, size in enumerate(array.shape) if size % mesh.size == 0]
-        along = max(axes, key=lambda k: array.shape[k], default=None)
-        spec = P() if along is None else P(*[None] * along, "device")
-        target = NamedSharding(mesh, spec)
+        target = evenly(array.shape)
         if array.sharding.device_set == target.device_set:
             spread[n] = lay(array, target)
             continue

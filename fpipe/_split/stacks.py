@@ -10,7 +10,7 @@ replace the leaf in the user's tree when it is placed:
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -329,8 +329,14 @@ def is_row_blocks(node: Any) -> bool:
     return isinstance(node, RowBlocks)
 
 
-def joined(tree: PyTree) -> PyTree:
-    """A tree with an array in the place of each leaf in blocks."""
+def joined(
+    tree: PyTree, join_blocks: Callable[[RowBlocks], Any] = RowBlocks.join
+) -> PyTree:
+    """A tree with an array in the place of each leaf in blocks.
+
+    Arguments:
+        join_blocks: makes the array of the blocks.
+    """
 
     def join(node: Any) -> Any:
         if not isinstance(node, RowBlocks):
@@ -338,6 +344,6 @@ def joined(tree: PyTree) -> PyTree:
         # A leaf that an optax transformation does not see has no rows. Neither has an
         # update that changes nothing.
         rows = all(is_array(block) and block.ndim > node.axis for block in node.blocks)
-        return node.join() if rows else node.blocks[0]
+        return join_blocks(node) if rows else node.blocks[0]
 
     return jax.tree.map(join, tree, is_leaf=is_row_blocks)

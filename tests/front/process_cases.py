@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import faulthandler
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 import fpipe.distributed
 import fpipe.optim
-from tests.front.workers import encoded
+from tests.front.workers import encoded, free_port, is_taken
 from tests.helpers import (
     HANG,
     Case,
@@ -112,7 +113,8 @@ def reference(case, loss=mse, given=None):
 
 def called(devices):
     """Calls without gradients; a process gives shapes of what it does not read. JAX
-    differentiates none, and nobody places what another one has.
+    differentiates a call, whose `y` is in every process then. Nobody places what
+    another one has.
     """
     pipe = pipe_of(PLAIN, devices)
     params = pipe.place(PLAIN.params())
@@ -124,11 +126,16 @@ def called(devices):
     y = pipe(params, x)
     loss, aux = pipe.evaluate(loss_and_rows, has_aux=True)(params, x, t)
     turned = pipe_of(PLAIN, devices[::-1])
-    told = [
-        told_of(lambda: jax.grad(lambda p: jnp.sum(pipe(p, PLAIN.x)))(params)),
-        told_of(lambda: turned.place(params)),
-    ]
-    return told, (y, loss, aux)
+    told = told_of(lambda: turned.place(params))
+    for _ in range(2):  # what JAX compiles around it, and what it has compiled
+        outside = jax.value_and_grad(loss_outside, (1, 2))(pipe, params, PLAIN.x)
+    value, (grads, of_x) = outside
+    return told, (y, loss, aux, of_x, value, pipe.gather(grads))
+
+
+def loss_outside(pipe, params, x):
+    """The loss of a call, computed by JAX."""
+    return mse(pipe(params, x), PLAIN.target)
 
 
 def called_reference():
@@ -136,7 +143,9 @@ def called_reference():
     loss, aux = jax.jit(whole.evaluate(loss_and_rows, has_aux=True))(
         params, PLAIN.x, PLAIN.target
     )
-    return jax.jit(whole)(params, PLAIN.x), loss, aux
+    outside = jax.value_and_grad(loss_outside, (1, 2))
+    value, (grads, of_x) = outside(whole, params, PLAIN.x)
+    return jax.jit(whole)(params, PLAIN.x), loss, aux, of_x, value, grads
 
 
 @fpipe.skippable(stash=["key", "nothing"])
@@ -176,27 +185,40 @@ def strange_reference():
 
 
 def perceptron(params, x, t):
-    h = x
-    for w in params["blocks"]:
-        h = fpipe.cut(jnp.tanh(h @ w))
+    def block(h, w):
+        return fpipe.cut(jnp.tanh(h @ w)), None
+
+    h, _ = jax.lax.scan(block, x, params["blocks"])
     return jnp.mean((h @ params["head"] - t) ** 2)
 
 
 def perceptron_params():
     w = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
-    return {"blocks": [w, w[::-1], w.T], "head": w}
+    return {"blocks": np.stack([w, w[::-1], w.T, w / 2]), "head": w}
 
 
 def split(devices):
+    """A function whose layers are stacked: their rows are in all processes. What is
+    spread is one array again, over all devices, and can be placed.
+    """
     step = fpipe.value_and_grad(perceptron, devices=devices, chunks=2)
-    params = step.place(perceptron_params(), PLAIN.x, PLAIN.target)
-    loss, grads = step(params, PLAIN.x, PLAIN.target)
-    return loss, step.gather(grads)
+    batch = PLAIN.x, PLAIN.target
+    placed = step.place(perceptron_params(), *batch)
+    assert len(placed["blocks"].blocks) == 4
+    spread = fpipe.distributed.spread(placed)
+    blocks = spread["blocks"]
+    assert blocks.shape == (4, 4, 4)
+    assert blocks.devices() == set(jax.devices())
+    assert blocks.is_fully_replicated == (len(jax.devices()) > 4)
+    params = step.place(spread, *batch)
+    loss, grads = step(params, *batch)
+    return loss, step.gather(grads), step.gather(params)
 
 
 def split_reference():
-    args = perceptron_params(), PLAIN.x, PLAIN.target
-    return jax.jit(jax.value_and_grad(perceptron))(*args)
+    params = perceptron_params()
+    args = params, PLAIN.x, PLAIN.target
+    return *jax.jit(jax.value_and_grad(perceptron))(*args), params
 
 
 def optimizer():
@@ -520,9 +542,19 @@ CHECKPOINTS = ("continued", "loaded", "save_for_ever")
 """Cases of `process_checkpoints`, which are given the folder."""
 
 
+def raising(params, x):
+    """A layer that cannot be traced."""
+    raise ArithmeticError("a layer that raises")
+
+
 def train_for_ever(how):
-    """Steps until one process dies; by itself, if it is to raise."""
-    pipe = fpipe.Pipe([dense()] * 2, devices=jax.devices(), chunks=2)
+    """Steps until one process dies; by itself, if it is to raise, there or while it
+    traces.
+    """
+    layers = [dense(), dense()]
+    if how == "raise early" and jax.process_index() == 1:
+        layers[1] = dataclasses.replace(dense(), apply=raising)
+    pipe = fpipe.Pipe(layers, devices=jax.devices(), chunks=2)
     case = Case([dense()] * 2, chunks=2, rows=4)
     params, step = pipe.place(case.params()), pipe.value_and_grad(mse)
     for n in range(10**9):
@@ -561,16 +593,22 @@ def main():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # The address for transfers is given in either way, or found.
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    if args.processes == 3:
+        os.environ["FPIPE_TRANSFER_ADDRESS"] = address
     fpipe.distributed.initialize(
         args.coordinator,
         args.processes,
         args.process,
         timeout=args.timeout,
+        transfer_address=address if args.processes == 4 else None,
         initialization_timeout=HANG,
         heartbeat_timeout_seconds=HANG,
     )
     for name in args.what:
-        if name in ("train", "raise"):
+        if name in ("train", "raise", "raise early"):
             train_for_ever(name)
         started = time.monotonic()
         if name in CHECKPOINTS:
@@ -584,6 +622,7 @@ def main():
         if name in TELLING:
             line["told"], found = found
         print(json.dumps({**line, "leaves": encoded(found)}), flush=True)
+    assert is_taken(port) == (args.processes > 2)
     fpipe.distributed.shutdown()
 
 

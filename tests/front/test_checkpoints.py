@@ -2,14 +2,11 @@
 number of processes is the same.
 """
 
-import contextlib
+import argparse
 import dataclasses
 import faulthandler
 import functools
 import pathlib
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -26,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 import fpipe.flax
 import fpipe.optim
+from tests.front.workers import ROOT, Workers
 from tests.helpers import (
     HANG,
     WIDTH,
@@ -37,7 +35,6 @@ from tests.helpers import (
     raises,
 )
 
-ROOT = pathlib.Path(__file__).parents[2]
 ROWS = 8
 
 
@@ -520,17 +517,22 @@ def test_what_flax_restores_is_of_the_same_model():
 # --- several processes ---
 
 
-def work(address, process, folder):
+def main():
     """One of two processes: two more steps from what is there, saved."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process", type=int)
+    parser.add_argument("folder", type=pathlib.Path)
+    args = parser.parse_args()
     faulthandler.dump_traceback_later(HANG - 60)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(address, 2, process)
+    jax.distributed.initialize(args.coordinator, 2, args.process)
     pipe = fpipe.Pipe(LAYERS, [4, 3], jax.devices(), chunks=4, executor="scan")
-    with ocp.CheckpointManager(folder) as manager:
+    with ocp.CheckpointManager(args.folder) as manager:
         save(manager, pipe, train(pipe, load(manager, pipe)))
 
 
@@ -538,29 +540,8 @@ def test_two_processes_load_and_save(uninterrupted, tmp_path):
     (pipe, half), folder = trained("placed"), tmp_path / "run"
     with ocp.CheckpointManager(folder) as manager:
         save(manager, pipe, half)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    with contextlib.ExitStack() as stack:
-        both = []
-        for k in range(2):
-            code = (
-                f"from tests.front.test_checkpoints import work; work({address!r}, "
-                f"{k}, {str(folder)!r})"
-            )
-            error = stack.enter_context((tmp_path / f"stderr{k}").open("w"))
-            both.append(
-                stack.enter_context(
-                    subprocess.Popen(
-                        [sys.executable, "-c", code], cwd=ROOT, stderr=error
-                    )
-                )
-            )
-            stack.callback(both[-1].kill)
-        for k, process in enumerate(both):
-            assert process.wait(HANG) == 0, (tmp_path / f"stderr{k}").read_text()[
-                -3000:
-            ]
+    with Workers("tests.front.test_checkpoints", 2, tmp_path, str(folder)) as workers:
+        workers.all_lines()
     with ocp.CheckpointManager(folder) as manager:
         loaded = load(manager, pipe)
     assert_same(canonical(pipe, loaded), uninterrupted[1], 1e-4)

@@ -1,14 +1,24 @@
 """Worker processes of the tests: started together, read line by line, and gone at the
 end; and arrays as these lines have them.
+
+A worker does what `python -m module` with its arguments does. To import JAX, fpipe and
+the rest takes most of the time of a short one. So a server imports them once, in a
+process that has asked JAX for no devices, and each worker is a fork of it.
 """
 
+import atexit
+import functools
+import gc
+import importlib
 import json
+import multiprocessing
+import os
 import pathlib
 import socket
-import subprocess
 import sys
 import threading
 from queue import Queue
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +26,19 @@ import numpy as np
 from tests.helpers import HANG
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        f"tests.front.{name}"
+        for name in (
+            "process_cases",
+            "process_checkpoints",
+            "multiprocess_worker",
+            "test_checkpoints",
+        )
+    ]
+)
 
 
 def encoded(tree):
@@ -46,6 +69,72 @@ def free_port():
         return s.getsockname()[1]
 
 
+def is_taken(port):
+    """Whether somebody listens there."""
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def work(module, flags, out, error):
+    """What a fork of the server does: as a new interpreter, it runs the module, tells
+    its `sys.excepthook` what nobody caught, and does what is to be done at its exit.
+    """
+    os.dup2(out.fileno(), 1)
+    file = os.open(error, os.O_WRONLY)
+    os.dup2(file, 2)
+    gc.freeze()  # what is looked at is copied
+    # Programs share a context, as in `tests/conftest.py`.
+    mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    sys.argv = [module, *flags]
+    code = 0
+    try:
+        importlib.import_module(module).main()
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take all libraries apart would take a second
+
+
+class Worker:
+    """A process, with the methods of a `subprocess.Popen` that the tests call."""
+
+    def __init__(self, module, flags, error):
+        error.touch()
+        lines, out = SERVER.Pipe(duplex=False)
+        # A daemon: it ends with the tests.
+        self._process = SERVER.Process(
+            target=work, args=(module, flags, out, error), daemon=True
+        )
+        self._process.start()
+        out.close()
+        self.pid = self._process.pid
+        self.stdout = os.fdopen(os.dup(lines.fileno()))
+        lines.close()
+
+    def poll(self):
+        return self._process.exitcode
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"alive after {timeout} s"
+        return self._process.exitcode
+
+    def kill(self):
+        self._process.kill()
+
+    def send_signal(self, sent):
+        os.kill(self.pid, sent)
+
+    def is_stopped(self):
+        """Whether a signal has stopped it."""
+        stat = pathlib.Path(f"/proc/{self.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
+
+
 class Workers:
     """Some processes of a module, which are gone when the `with` block ends."""
 
@@ -54,23 +143,8 @@ class Workers:
         self.errors = [folder / f"stderr{k}" for k in range(count)]
         self.lines, self.processes = Queue(), []
         for k, path in enumerate(self.errors):
-            command = [
-                sys.executable,
-                "-m",
-                module,
-                "--coordinator",
-                address,
-                "--process",
-                str(k),
-            ]
-            with path.open("w") as file:
-                process = subprocess.Popen(
-                    [*command, *arguments],
-                    cwd=ROOT,
-                    stdout=subprocess.PIPE,
-                    stderr=file,
-                    text=True,
-                )
+            flags = ["--coordinator", address, "--process", str(k), *arguments]
+            process = Worker(module, flags, path)
             self.processes.append(process)
             threading.Thread(
                 target=self._read, args=(k, process.stdout), daemon=True

@@ -16,13 +16,24 @@ compare it, and an error says what differs.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
-from fpipe._core.processes import Link, digest, ghost, is_here, meet
+from fpipe._core.processes import (
+    Link,
+    digest,
+    ghost,
+    goes_as_it_is,
+    is_here,
+    meet,
+)
+from fpipe._core.pytrees import copied
+from fpipe._core.watchdog import expect
 from fpipe._executors.placed.instructions import Move, Plan, Run
 from fpipe._executors.programs import Layout
 from fpipe._executors.transfers import Sending, send_across
@@ -39,12 +50,15 @@ class Crossing:
         what: what is moved, as plans name it.
         owned: whether the arrays are the plan's alone. The parameters and what a call
             returns are not: the caller may donate them.
+        direct: the sharding to which all of them go by one `device_put`, as they are;
+            `None`: more has to be done.
     """
 
     sendings: tuple[Sending, ...]
     given: tuple[Any, ...]
     what: str
     owned: bool
+    direct: Sharding | None
 
     @classmethod
     def of(
@@ -71,15 +85,36 @@ class Crossing:
         what = f"the transfer of {names} from {source} (process {told})"
         theirs = {feed.slot for feed in plan.feeds}.union(plan.returned)
         owned = theirs.isdisjoint(move.ins)
-        return cls(sendings, given, f"{what} to {move.placement}", owned)
+        targets = {to.target for to in sendings}
+        plain = all(to.goes_at_once for to in sendings) and all(
+            goes_as_it_is(shapes[slot]) for slot in move.ins
+        )
+        direct = targets.pop() if plain and len(targets) == 1 else None
+        return cls(sendings, given, f"{what} to {move.placement}", owned, direct)
 
     def __call__(self, *arrays: Any) -> list[Any]:
         """Issue it."""
+        # What is known from the plan is not asked of the arrays again: that would take
+        # 25 µs, half as long as the `device_put` (measured on jax 0.10.2, CPU).
+        if self.direct is not None:
+            is_known = self.given[0] is None
+            going = list(arrays if is_known else self.given)
+            if is_known and not self.owned:
+                going = copied(going)
+            put = jax.device_put(going, self.direct)
+            if self._arrives:
+                expect(put[-1], self._describe)
+            return put
         parts = [
             array if own is None else own
             for own, array in zip(self.given, arrays, strict=True)
         ]
         return send_across(self.sendings, parts, self._describe, self.owned)
+
+    @functools.cached_property
+    def _arrives(self) -> bool:
+        """Whether this process gets something."""
+        return is_here(self.sendings[-1].target)
 
     def _describe(self) -> str:
         return self.what

@@ -159,19 +159,24 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
     return ReducedLoss(SlotTree(first[LOSS], (total,)), weight, aux)
 
 
-def deliver(call: CallWork, loss: SlotTree, aux: SlotTree | None) -> list[Slot]:
-    """Copies of the loss and of aux in every process; returns their slots. They are
-    small, and a user looks at them wherever the script runs.
+def deliver(call: CallWork, *trees: SlotTree) -> list[Slot]:
+    """Copies of what the last stage makes in every process; returns their slots.
+
+    Of the loss and of aux: they are small, and a user looks at them wherever the script
+    runs. And of the `y` of a call that is differentiated from outside: what follows it
+    runs in every process. In one that has no part of `y`, JAX would end the process: of
+    an array that it does not have, and one that is not committed (a cotangent of 1), it
+    makes a program that crashes when it is called again (jax 0.10.2).
     """
     layout = call.layout
     if not layout.is_over_processes:
         return []
-    slots = (*loss.slots, *(() if aux is None else aux.slots))
+    slots = tuple(slot for tree in trees for slot in tree.slots)
     copies: list[Slot] = []
     for first in layout.firsts:
         if first.processes <= layout.placements[-1].processes:
             continue
-        call.work.append(Work("tell the loss", None, (), (), first, slots))
+        call.work.append(Work("tell every process", None, (), (), first, slots))
         copies += [slot.on(first) for slot in slots]
     return copies
 

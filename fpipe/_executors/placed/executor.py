@@ -222,17 +222,6 @@ class Placed:
         self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
     ) -> FirstHalf:
         """All forwards of the schedule, in its order."""
-        # What follows the call is computed in every process, and those that have no
-        # part of `y` would end in it: of an array that it does not have, and one that
-        # is not committed (a cotangent of 1), JAX makes a program that ends the process
-        # when it is called again (jax 0.10.2).
-        if self.is_over_processes:
-            raise TypeError(
-                "a placed Pipe over several processes was called under `jax.grad` or "
-                "`jax.vjp`: `y` is in the process of the last stage alone; write the "
-                "step with `pipe.value_and_grad(loss_fn)`, or take "
-                '`Pipe(..., executor="scan")`'
-            )
 
         # Placed parameters are plain arrays, so each holds one leaf. What JAX does not
         # differentiate is not wanted, and nothing is computed for it.

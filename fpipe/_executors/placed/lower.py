@@ -135,6 +135,7 @@ def lower(
     if request.kind is CallKind.PULL_BACK:
         call.add(action for action in order if action.kind in FIRST_HALF)
         y = join_outputs(call)
+        told += deliver(call, y)
         states = finish_states(call)
         # The second half is issued when the pull-back is called. It starts from what
         # the first half leaves, and from the cotangents.
@@ -151,7 +152,7 @@ def lower(
             y = join_outputs(call)
         else:
             loss, weight, aux = reduce_loss(call, request.loss)
-            told += deliver(call, loss, aux)
+            told += deliver(call, loss, *(() if aux is None else (aux,)))
         states = finish_states(call)
         if request.kind.differentiates:
             gradients = finish_gradients(call, weight)
@@ -215,7 +216,7 @@ def lower(
         constants={numbers[slot]: value for slot, value in call.constants.items()},
         backward=len(forward),
         cotangents=tuple(numbers[slot] for slot in cotangents),
-        y=None if y is None else numbered(y),
+        y=None if y is None else (as_told if told else numbered)(y),
         loss=None if loss is None else as_told(loss),
         aux=None if aux is None else as_told(aux),
         state={layer: numbered(tree) for layer, tree in states.items()},
