@@ -127,9 +127,9 @@ def called(devices):
     loss, aux = pipe.evaluate(loss_and_rows, has_aux=True)(params, x, t)
     turned = pipe_of(PLAIN, devices[::-1])
     told = told_of(lambda: turned.place(params))
-    for _ in range(2):  # what JAX compiles around it, and what it has compiled
-        outside = jax.value_and_grad(loss_outside, (1, 2))(pipe, params, PLAIN.x)
-    value, (grads, of_x) = outside
+    outside = jax.value_and_grad(loss_outside, (1, 2))
+    # What JAX compiles around the call, and what it has compiled.
+    _, (value, (grads, of_x)) = [outside(pipe, params, PLAIN.x) for _ in range(2)]
     return told, (y, loss, aux, of_x, value, pipe.gather(grads))
 
 

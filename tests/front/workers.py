@@ -90,9 +90,9 @@ def work(module, flags, out, error):
     code = 0
     try:
         importlib.import_module(module).main()
-    except BaseException:
+    except BaseException as error:
         code = 1
-        sys.excepthook(*sys.exc_info())
+        sys.excepthook(type(error), error, error.__traceback__)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,6 +127,7 @@ class Worker:
         self._process.kill()
 
     def send_signal(self, sent):
+        assert self.pid
         os.kill(self.pid, sent)
 
     def is_stopped(self):
