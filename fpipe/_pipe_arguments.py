@@ -195,11 +195,16 @@ def cut_pipe(
     """
     executor, chunks, scheduling = options.executor, options.chunks, options.scheduling
     placements, axes = stage_placements(executor, devices, mesh, data_axes)
-    known = trees.known_params
-    uncut = PipeSetup(trees.model, scheduling, options.remat, placements, chunks, known)
+    uncut = PipeSetup(
+        trees.model,
+        scheduling,
+        options.remat,
+        placements,
+        chunks,
+        trees.known_params,
+        trees.known_costs,
+    )
     with set_aside(), stage_tracing(executor, placements, mesh):
-        if balance is None and sample is None:
-            balance = trees.balance(uncut.stages)
         sample, sample_side = trees.sample(sample, sample_side)
         counts = given_balance(balance, sample, sample_side, uncut)
     stage_to_device = scheduling.stage_to_device(len(counts), len(placements), chunks)

@@ -132,7 +132,8 @@ def tune(
 
     Arguments:
         layers: layers or an `fpipe.Split`, as for `Pipe`. Each balance is then found by
-            FLOPs, under the memory limit. Or a function `f(schedule=, checkpoint=,
+            FLOPs, or by the estimated time of a split, under the memory limit. Or a
+            function `f(schedule=, checkpoint=,
             chunks=, recompute=, offload=) -> Pipe`, with any of these parameters. It
             may choose the balance itself.
         x, targets, side, key, state, train, step, params: as for `Pipe.plan`, as arrays
@@ -539,7 +540,8 @@ class _Source(abc.ABC):
 
 
 class _OfLayers(_Source):
-    """Pipes of the same layers, balanced by FLOPs. They share their traces.
+    """Pipes of the same layers, balanced by what `layer_costs` finds by default. They
+    share their traces.
 
     Arguments:
         arguments: the other arguments of `Pipe`.

@@ -28,7 +28,7 @@ Generator: TypeAlias = Callable[[int, int], Schedule]
 # For its map a function is asked with this number of microbatches per device at most.
 # `chunks=10**6` says that a batch may be cut so far; a schedule of so many takes
 # minutes to make.
-_MOST_FOR_A_MAP = 64
+MOST_FOR_A_MAP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ class _ByFunction(Scheduling):
 
     def _for_map(self, devices: int, chunks: int) -> Schedule:
         """A schedule that is looked at for its stages and its map alone."""
-        return self._called(devices, min(chunks, _MOST_FOR_A_MAP * devices))
+        return self._called(devices, min(chunks, MOST_FOR_A_MAP * devices))
 
     def _called(self, devices: int, microbatches: int) -> Schedule:
         schedule = self.option(devices, microbatches)

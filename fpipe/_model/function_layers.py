@@ -82,6 +82,17 @@ class FunctionLayers(Sequence[Layer], abc.ABC):
     ) -> tuple[PyTree, dict[str, PyTree]]:
         """The batch and the needs of a call as `layers_in(dtype)` take them."""
 
+    @abc.abstractmethod
+    def estimated_work(
+        self, x: PyTree, needs: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], ...]:
+        """What each layer takes in a step that trains, forward and backward, estimated
+        from the function's trace: in FLOPs of a large matrix product.
+
+        Arguments:
+            x, needs: shapes of a microbatch, as `layers_in` take them.
+        """
+
 
 def model_of(layers: Iterable[Any], compute_dtype: Any) -> Model:
     """The model of layers, or of a function's pieces.
@@ -91,7 +102,8 @@ def model_of(layers: Iterable[Any], compute_dtype: Any) -> Model:
             itself; what crosses a cut keeps its dtype, so that cuts change nothing.
     """
     if isinstance(layers, FunctionLayers):
-        return Model(layers.layers_in(compute_dtype), one_key=True)
+        own = layers.layers_in(compute_dtype)
+        return Model(own, one_key=True, estimate=layers.estimated_work)
     return Model(layers, compute_dtype)
 
 

@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,12 @@ from fpipe._model.skip_routes import (
 )
 from fpipe._model.state import map_state, overwritten, with_overwritten
 from fpipe._model.wrappers import Chunk, Microbatches, wrappers_in
+
+# What each layer takes, forward and backward, estimated for the shapes of a microbatch
+# and of its needs.
+Estimate: TypeAlias = Callable[
+    [PyTree, Mapping[str, Any]], Sequence[tuple[float, float]]
+]
 
 
 class Borrow(NamedTuple):
@@ -93,6 +99,8 @@ class Model:
             last layer in it is cast to float32.
         one_key: whether all layers get the key of layer 0, as the pieces of one
             function do; else each has its own.
+        estimate: what layers take, where it is known without counting it: of the pieces
+            of a function.
     """
 
     layers: tuple[Layer, ...]
@@ -100,7 +108,11 @@ class Model:
     one_key: bool
 
     def __init__(
-        self, layers: Iterable[Any], compute_dtype: Any = None, one_key: bool = False
+        self,
+        layers: Iterable[Any],
+        compute_dtype: Any = None,
+        one_key: bool = False,
+        estimate: Estimate | None = None,
     ) -> None:
         flat = number_namespaces(flatten_layers(layers))
         if not flat:
@@ -110,9 +122,13 @@ class Model:
         object.__setattr__(self, "layers", flat)
         object.__setattr__(self, "compute_dtype", compute_dtype)
         object.__setattr__(self, "one_key", one_key)
+        object.__setattr__(self, "estimate", estimate)
         object.__setattr__(self, "routes", find_skip_routes(flat))
         object.__setattr__(self, "borrows", _borrows(self.layers))
         object.__setattr__(self, "_traced", {})
+
+    # A function of the same layers, so no part of the comparison.
+    estimate: Estimate | None = dataclasses.field(init=False, repr=False, compare=False)
 
     # Derived from the layers, so no part of the comparison and of the pickle.
     routes: Mapping[Skip, SkipRoute] = dataclasses.field(
@@ -127,7 +143,8 @@ class Model:
     )
 
     def __reduce__(self) -> Any:
-        return Model, (self.layers, self.compute_dtype, self.one_key)
+        fields = self.layers, self.compute_dtype, self.one_key, self.estimate
+        return Model, fields
 
     def key_number(self, layer: int) -> int:
         """The number that a layer's key is made from."""

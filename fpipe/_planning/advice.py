@@ -33,21 +33,24 @@ _ENOUGH = 4
 
 
 def advise_balance(
-    stages: Sequence[StageRow], best: Callable[[], tuple[tuple[int, ...], float]]
+    stages: Sequence[StageRow],
+    work: Sequence[float],
+    best: Callable[[], tuple[tuple[int, ...], float]],
 ) -> Iterator[str]:
     """A stage that the others wait for.
 
     Arguments:
+        work: what each stage takes for a microbatch.
         best: finds the balance that makes the most expensive stage cheapest, and what
             is left of its work, as a share. It is asked only if that is worth while.
     """
     # A stage slows all others down by what it takes more than they do: in the steady
     # state each microbatch takes as long as on the most expensive stage.
-    mean = sum(row.total for row in stages) / len(stages)
-    worst = max(stages, key=lambda row: row.total)
-    if not mean or worst.total <= _UNEVEN * mean:
+    mean, most = sum(work) / len(stages), max(work)
+    worst = stages[work.index(most)]
+    if not mean or most <= _UNEVEN * mean:
         return
-    times = worst.total / mean
+    times = most / mean
     text = f"stage {worst.stage} takes {times:.1f} times the mean of the stages"
     balance, left = best()
     if left < 1 - _BETTER:

@@ -39,17 +39,24 @@ from fpipe._planning.layer_costs import (
     UNITS,
     BalanceBy,
     Gauge,
+    Span,
     SpanWork,
     cost_request,
     costs_and_spans,
 )
-from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
+from fpipe._planning.partition import (
+    SLACK,
+    PartitionTask,
+    Shortage,
+    Table,
+    best_cut,
+)
 from fpipe._planning.span_tables import MeasuredSpans, SpanTables
 from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
 
-# So often `found_balance` looks for the best cut and measures its stages: each stage
-# has to be compiled.
+# Of so many cuts at most `found_balance` measures the stages: each has to be
+# compiled.
 _ROUNDS = 8
 
 
@@ -101,10 +108,11 @@ def balance(
             `stages`, or `jax.devices()` without `stages`.
 
     Other Arguments:
-        by: the measure of a stage's cost. `"flops"` (default), `"bytes"` and `"time"`
-            are those of `layer_costs`. `"memory"` is the memory that the stage needs,
-            as a share of its limit if `memory` is given. For a `LayerCosts`, the
-            measure that it was made with, or `"memory"`.
+        by: the measure of a stage's cost. `"flops"`, `"bytes"` and `"time"` are those
+            of `layer_costs`. `"memory"` is the memory that the stage needs, as a share
+            of its limit if `memory` is given. Default: `"flops"`; for an `fpipe.Split`
+            the estimated time, as for a `Pipe`; for a `LayerCosts` the measure that it
+            was made with, which only `"memory"` replaces.
         speeds: the speeds of the devices, one number or one for each. With `bandwidth`
             they are work per second (FLOP/s for `"flops"`). Otherwise only their ratios
             count. Default: all equal.
@@ -185,7 +193,7 @@ def balance(
         request = cost_request(
             layers,
             x,
-            by="flops" if by is None else by,
+            by=by,
             side=side,
             chunks=1 if chunks is None else chunks,
             params=params,
@@ -256,8 +264,12 @@ def found_balance(
 
     Without `work` it is the one that the costs of layers give. With it, the stages of
     the best cut are measured, and the search begins again with what is known now, until
-    the best cut has been measured altogether. In a round each stage of a cut is
-    measured at most once, and equal stages once for all.
+    the best cut has been measured altogether. Equal stages are measured once for all.
+
+    One wrong time is enough to lose the best cut: what else the machine does makes a
+    stage look slow. So before a cut is taken, the stages of all cuts that were tried
+    are measured once more, at another moment. If one was faster than it looked, the
+    search goes on.
 
     Arguments:
         work: measures layers that follow each other; `None`: nothing does.
@@ -270,18 +282,38 @@ def found_balance(
         return best_balance(costs, scheduling, stage_to_device, hardware, by_memory)
     layers = range(len(costs.names))
     found = {(k, k + 1): (costs.forward[k], costs.backward[k]) for k in layers}
-    for _ in range(_ROUNDS):
-        spans = MeasuredSpans(found)
-        cut = best_balance(costs, scheduling, stage_to_device, hardware, spans=spans)
-        ends = itertools.pairwise(itertools.accumulate(cut, initial=0))
-        unknown = [span for span in ends if span not in found]
-        if not unknown:
-            return cut
-        for span in unknown:
-            measured = work.work(*span)
+    tried, compared, again = 0, dict[Span, None](), set[Span]()
+
+    def measure(spans: Sequence[Span]) -> None:
+        for span, measured in work.measure(spans).items():
             found[span] = measured.forward, measured.backward
-    spans = MeasuredSpans(found, only=True)
-    return best_balance(costs, scheduling, stage_to_device, hardware, spans=spans)
+
+    only = False
+    while True:
+        # A layer may have been measured again too, as a stage.
+        each = [found[k, k + 1] for k in layers]
+        known = dataclasses.replace(
+            costs,
+            forward=[forward for forward, _ in each],
+            backward=[backward for _, backward in each],
+        )
+        spans = MeasuredSpans(found, only)
+        cut = best_balance(known, scheduling, stage_to_device, hardware, spans=spans)
+        stages = [*itertools.pairwise(itertools.accumulate(cut, initial=0))]
+        unknown = [span for span in stages if span not in found]
+        if unknown and tried == _ROUNDS and not only:
+            only = True
+            continue
+        compared.update(dict.fromkeys(stages))
+        if unknown:
+            measure(unknown)
+            tried += 1
+            continue
+        doubted = [span for span in compared if span not in again]
+        if not doubted:
+            return cut
+        measure(doubted)
+        again.update(doubted)
 
 
 def best_balance(
@@ -335,6 +367,7 @@ def best_balance(
         traffic=tables.received,
         memory=None if hardware.memory is None else tables.memory,
         limits=limits,
+        slack=SLACK if costs.estimated else 0.0,
     )
     cut = best_cut(task)
     # The error names the cut that lacks least, and how many bytes it lacks.

@@ -10,7 +10,7 @@ rows:
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -41,6 +41,7 @@ from fpipe._model.stages import Leaf
 from fpipe._planning.costs import LayerCosts, Sent
 from fpipe._planning.layer_traces import LayerTrace, LayerTraces, bytes_of
 from fpipe._planning.work import (
+    TURNS,
     Counted,
     Measured,
     count,
@@ -70,30 +71,31 @@ class Gauge:
     """How the work of a layer is told: see `layer_costs`.
 
     Attributes:
+        by: `None`: by the estimate of a function's pieces, or else by FLOPs.
         together: whether all processes measure, and take what process 0 finds.
     """
 
-    by: BalanceBy = "flops"
+    by: BalanceBy | None = None
     device: Any = None
     repeats: int = 10
     together: bool = False
 
     @classmethod
-    def over(cls, by: BalanceBy, places: Sequence[Placement]) -> "Gauge":
+    def over(cls, by: BalanceBy | None, places: Sequence[Placement]) -> "Gauge":
         """For stages on some places, of one process or of several."""
         if over_processes(places):
             return cls(by, jax.local_devices()[0], together=True)
         return cls(by, places[0].device if places else None)
 
 
-_FLOPS = Gauge()
+_DEFAULT = Gauge()
 
 
 def layer_costs(
     layers: Iterable[Any],
     x: PyTree,
     *,
-    by: BalanceBy = "flops",
+    by: BalanceBy | None = None,
     side: PyTree = None,
     chunks: int = 1,
     params: Sequence[PyTree] | None = None,
@@ -115,13 +117,16 @@ def layer_costs(
         x: a batch, or its shapes (`jax.ShapeDtypeStruct`).
 
     Other Arguments:
-        by: the measure of work. `"flops"` (default) and `"bytes"` (read and written)
-            are XLA's counts for the lowered forward and backward. The body of a
+        by: the measure of work. `"flops"` and `"bytes"` (read and written) are XLA's
+            counts for the lowered forward and backward. The body of a
             `lax.scan` counts as often as it runs. Work inside a foreign call, such as a
             Pallas kernel or a callback, is not counted. `"time"` is in seconds: the
-            shortest of `repeats` runs on one device, after a warm-up. The host's time
-            to launch an action is measured too (`launch`). `"memory"` counts no work,
-            only memory.
+            shortest of `repeats` runs on one device, after a warm-up. The layers run in
+            turns, so that what else the machine does for a moment lengthens no layer
+            alone. The host's time to launch an action is measured too (`launch`).
+            `"memory"` counts no work, only memory. Default: `"flops"`; for an
+            `fpipe.Split` its time, estimated from the trace as for a `Pipe`, in FLOPs
+            of a large matrix product that takes as long.
         side: side inputs, or their shapes. Default: none.
         chunks: the number of microbatches that the batch is cut into, as for `Pipe`.
             Default: 1, so `x` is one microbatch.
@@ -184,7 +189,7 @@ def cost_request(
     layers: Iterable[Any],
     x: PyTree,
     *,
-    by: BalanceBy,
+    by: BalanceBy | None,
     side: PyTree,
     chunks: int,
     params: Sequence[PyTree] | None,
@@ -193,7 +198,7 @@ def cost_request(
     train: bool = True,
 ) -> CostRequest:
     """The arguments of `layer_costs`, checked."""
-    if not is_one_of(by, UNITS):
+    if by is not None and not is_one_of(by, UNITS):
         raise ValueError(
             f"`layer_costs(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
         )
@@ -212,7 +217,7 @@ def costs_of(
     args: Args,
     chunks: int,
     remat: Remat,
-    gauge: Gauge = _FLOPS,
+    gauge: Gauge = _DEFAULT,
 ) -> LayerCosts:
     """`layer_costs` of checked arguments.
 
@@ -243,8 +248,13 @@ def costs_and_spans(
     spans = SpanWork(traces, gauge, () if params is None else params)
     # By memory alone no work is looked at.
     work = [LayerWork(0.0, 0.0)] * len(traces.layers)
-    if gauge.by != "memory":
-        work = [spans.work(k, k + 1) for k in range(len(traces.layers))]
+    estimate = model.estimate if gauge.by is None else None
+    if estimate is not None:
+        work = [LayerWork(*each) for each in estimate(*first)]
+    elif gauge.by != "memory":
+        each = [(k, k + 1) for k in range(len(traces.layers))]
+        measured = spans.measure(each)
+        work = [measured[span] for span in each]
     boundaries = list(map(bytes_of, traces.boundaries))
     # A stage keeps less than its layers one by one: what a layer hands to the next is
     # often a residual of both. How much less is told from each pair of neighbours,
@@ -262,7 +272,7 @@ def costs_and_spans(
         names=tuple(layer.name for layer in model.layers),
         forward=tuple(layer.forward for layer in work),
         backward=tuple(layer.backward for layer in work),
-        unit=UNITS[gauge.by],
+        unit=UNITS[gauge.by or "flops"],
         params=tuple(map(bytes_of, traces.params)),
         gradients=tuple(map(_gradient_bytes, traces.params)),
         residuals=tuple(residuals),
@@ -278,6 +288,7 @@ def costs_and_spans(
         microbatches=cut_inputs(args._replace(targets=()).inputs, chunks).m,
         checkpoint=remat.option,
         launch=_launch(work, boundaries, gauge) if gauge.by == "time" else 0.0,
+        estimated=estimate is not None,
     )
     return costs, spans if gauge.by == "time" else None
 
@@ -350,6 +361,10 @@ class LayerWork(NamedTuple):
     launch: float = 0.0
 
 
+# Layers that follow each other: the first one, and the one behind the last.
+Span: TypeAlias = tuple[int, int]
+
+
 class SpanWork:
     """The work of layers, and of layers that follow each other as one stage.
 
@@ -361,35 +376,54 @@ class SpanWork:
         self, traces: LayerTraces, gauge: Gauge, params: Sequence[PyTree]
     ) -> None:
         self._traces, self._gauge, self._params = traces, gauge, params
-        self._by_key: dict[Hashable, LayerWork] = {}
-        self._by_computation: dict[Hashable, LayerWork] = {}
+        self._computations: dict[Hashable, Hashable] = {}
+        self._counted: dict[Hashable, LayerWork] = {}
+        self._timed: dict[Hashable, _Timed] = {}
 
-    def work(self, start: int, end: int) -> LayerWork:
-        """The work of layers `start` to `end - 1`. Layers that are equal, or different
-        functions that compute the same, are counted or measured once.
+    def measure(self, spans: Sequence[Span]) -> dict[Span, LayerWork]:
+        """The work of some spans. Those that are equal, or different functions that
+        compute the same, are counted or measured once.
+
+        What is measured is so in turns. So no span has all of its runs at a moment when
+        the machine is busy with something else. Of a span that was measured before, the
+        shortest of all runs counts.
+        """
+        found = {span: self._computation(*span) for span in spans}
+        distinct = dict.fromkeys(found.values())
+        if self._gauge.by != "time":
+            return {span: self._counted[computes] for span, computes in found.items()}
+        turns = min(TURNS, self._gauge.repeats)
+        for _ in range(turns):
+            for computes in distinct:
+                self._timed[computes].turn(-(-self._gauge.repeats // turns))
+        work = {computes: self._timed[computes].work for computes in distinct}
+        if self._gauge.together:
+            work = {c: LayerWork(*of_first_process(w)) for c, w in work.items()}
+        return {span: work[computes] for span, computes in found.items()}
+
+    def _computation(self, start: int, end: int) -> Hashable:
+        """What tells spans apart. Of a new one the work is counted, or what measures it
+        is made.
         """
         layer = self._traces.span(start, end)
-        if layer.key in self._by_key:
-            return self._by_key[layer.key]
+        if layer.key in self._computations:
+            return self._computations[layer.key]
         # The same function written twice makes layers that are not equal. Their codes
         # are, and it is lowering and measuring that take long.
         programs = [layer.programs.program("F"), layer.programs.program("B")]
         computes = tuple(None if p is None else p[1].identity for p in programs)
-        if computes not in self._by_computation:
-            if self._gauge.by == "time":
-                found = _seconds(layer, self._params, self._gauge)
-                if self._gauge.together:
-                    found = LayerWork(*of_first_process(found))
-            else:
-                by_flops = self._gauge.by == "flops"
-                what: Counted = "flops" if by_flops else "bytes accessed"
-                forward, backward = (
-                    0.0 if p is None else count(p[1], what) for p in programs
-                )
-                found = LayerWork(forward, backward)
-            self._by_computation[computes] = found
-        self._by_key[layer.key] = self._by_computation[computes]
-        return self._by_key[layer.key]
+        self._computations[layer.key] = computes
+        if self._gauge.by == "time":
+            if computes not in self._timed:
+                self._timed[computes] = _Timed(layer, self._params, self._gauge)
+        elif computes not in self._counted:
+            by_bytes = self._gauge.by == "bytes"
+            what: Counted = "bytes accessed" if by_bytes else "flops"
+            forward, backward = (
+                0.0 if p is None else count(p[1], what) for p in programs
+            )
+            self._counted[computes] = LayerWork(forward, backward)
+        return computes
 
 
 def _launch(
@@ -410,56 +444,77 @@ def _launch(
     return of_first_process([programs])[0] if gauge.together else programs
 
 
-def _seconds(layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge) -> LayerWork:
-    """The seconds of a layer's forward and of its backward.
+class _Timed:
+    """The forward and the backward of some layers, which run in turns.
+
+    What they take and make is on the device during a turn only, because there may be no
+    room for several stages.
 
     Arguments:
         params: those of all layers, or none. What is no array is zeros.
     """
-    # Everything that the programs may take, by name: the inputs now, what the forward
-    # makes when it has run.
-    device = jax.local_devices()[0] if gauge.device is None else gauge.device
-    known: dict[ProgramValue, Any] = {}
-    for port, shape in layer.inputs.items():
-        arrays = [zeros(a) for a in shape.leaves]
-        # Zeros may take another time than numbers, in a sparse layer for example, so
-        # real parameters are used where there are any.
-        if port.kind == "params" and params:
-            given = pack(params[port.of])[0]
-            if not any(isinstance(a, jax.ShapeDtypeStruct) for a in given):
-                arrays = given
-        placed = to_device(arrays, device)
-        known |= {Input(Leaf(port, n)): a for n, a in enumerate(placed)}
-    kinds: tuple[Kind, Kind] = ("F", "B")
-    forward, backward = (_run(layer, kind, known, gauge, device) for kind in kinds)
-    return LayerWork(
-        forward.seconds, backward.seconds, forward.launch + backward.launch
-    )
+
+    def __init__(
+        self, layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge
+    ) -> None:
+        self._layer, self._params = layer, params
+        given = gauge.device
+        self._device = jax.local_devices()[0] if given is None else given
+        # Under `jax.jit`: what the first turn compiles is there in the next one.
+        self._calls: dict[Kind, Callable[..., Sequence[Any]]] = {}
+        self._found: dict[Kind, list[Measured]] = {"F": [], "B": []}
+
+    @property
+    def work(self) -> LayerWork:
+        """The shortest of all runs so far."""
+        each = [least(times) if times else _NOTHING for times in self._found.values()]
+        forward, backward = each
+        launch = forward.launch + backward.launch
+        return LayerWork(forward.seconds, backward.seconds, launch)
+
+    def turn(self, repeats: int) -> None:
+        """Run both programs so often, after some runs that do not count."""
+        # Everything that the programs may take, by name: the inputs now, what the
+        # forward makes when it has run.
+        known: dict[ProgramValue, Any] = {}
+        for port, shape in self._layer.inputs.items():
+            arrays = [zeros(a) for a in shape.leaves]
+            # Zeros may take another time than numbers, in a sparse layer for example,
+            # so real parameters are used where there are any.
+            if port.kind == "params" and self._params:
+                given = pack(self._params[port.of])[0]
+                if not any(isinstance(a, jax.ShapeDtypeStruct) for a in given):
+                    arrays = given
+            placed = to_device(arrays, self._device)
+            known |= {Input(Leaf(port, n)): a for n, a in enumerate(placed)}
+        for kind in self._found:
+            self._run(kind, known, repeats)
+
+    def _run(self, kind: Kind, known: dict[ProgramValue, Any], repeats: int) -> None:
+        """Measure one of the programs; what it makes is put into `known`."""
+        programs = self._layer.programs
+        found = programs.program(kind)
+        if found is None:
+            return
+        program, code = found
+        for value in program.ins:
+            if isinstance(value, Cotangent):
+                port, k = value.leaf
+                shape = programs.joint.flat.out[port].leaves[k]
+                known[value] = jax.device_put(zeros(shape), self._device)
+        if kind not in self._calls:
+            self._calls[kind] = code.compile()
+        call = self._calls[kind]
+        arguments = [known[value] for value in program.ins]
+        self._found[kind].append(
+            least(runs(call, lambda: arguments, _WARM_UP, repeats))
+        )
+        # The backward takes what the forward has made.
+        known |= dict(zip(program.outs, call(*arguments), strict=True))
+        for value, other in program.aliases.items():
+            if other in known:
+                known[value] = known[other]
 
 
-def _run(
-    layer: LayerTrace,
-    kind: Kind,
-    known: dict[ProgramValue, Any],
-    gauge: Gauge,
-    device: Any,
-) -> Measured:
-    """The time of one of the programs; what it makes is put into `known`."""
-    found = layer.programs.program(kind)
-    if found is None:
-        return Measured(0.0, 0.0)
-    program, code = found
-    for value in program.ins:
-        if isinstance(value, Cotangent):
-            port, k = value.leaf
-            shape = layer.programs.joint.flat.out[port].leaves[k]
-            known[value] = jax.device_put(zeros(shape), device)
-    call = code.compile()
-    arguments = [known[value] for value in program.ins]
-    times = runs(call, lambda: arguments, _WARM_UP, gauge.repeats)
-    # The backward takes what the forward has made.
-    known |= dict(zip(program.outs, call(*arguments), strict=True))
-    for value, other in program.aliases.items():
-        if other in known:
-            known[value] = known[other]
-    return least(times)
+# What a program takes that is not there.
+_NOTHING = Measured(0.0, 0.0)

@@ -46,6 +46,11 @@ Table: TypeAlias = np.ndarray
 # the last digit of a sum, and not traffic, would decide between equal cuts.
 _EQUAL = 1e-9
 
+# Where costs are estimates, cuts whose most expensive stage costs at most this share
+# more than the best count as equal. Without this slack, to gain a little, a block would
+# be cut in its middle, which several arrays cross.
+SLACK = 0.05
+
 # So many nodes of the search for several stages on a device, each in some 50
 # microseconds.
 _NODES = 50_000
@@ -63,6 +68,8 @@ class PartitionTask:
         traffic: the same for the bytes that the stage receives.
         memory: the same for the bytes that it needs; `None`: not looked at.
         limits: for each device the bytes that it has.
+        slack: the share by which costs may exceed the best for less traffic. With it
+            evenness is that of costs, and not that of numbers of layers.
     """
 
     layers: int
@@ -71,6 +78,7 @@ class PartitionTask:
     traffic: Callable[[int], Table]
     memory: Callable[[int], Table] | None
     limits: tuple[float, ...]
+    slack: float = 0.0
 
 
 class Shortage(NamedTuple):
@@ -117,8 +125,11 @@ def best_cut(task: PartitionTask, nodes: int = _NODES) -> tuple[int, ...] | Shor
         return partition.shortage()
     # With the limits on each stage alone fewer cuts are ruled out than should be. So if
     # the best of them keeps the devices' limits too, no other can be better.
-    relaxed = partition.cheapest_ends(partition.best[0][0])
-    if max(partition.excess(relaxed)) <= 0:
+    least = partition.best[0][0]
+    relaxed = partition.cheapest_ends(least * (1 + task.slack))
+    # With slack only if the least cost can be reached: from that it is counted.
+    reached = relaxed if not task.slack else partition.cheapest_ends(least)
+    if max(*partition.excess(relaxed), *partition.excess(reached)) <= 0:
         return _sizes(relaxed)
     return _search(partition, nodes)
 
@@ -167,14 +178,15 @@ class _Partition:
     Attributes:
         memory, costs, traffic: the tables of each stage. Spans without layers cost
             infinity, and so do those that do not fit into their device.
+        squares: tables whose sum is the least for the most even cut.
         best: the rows of the recurrence.
     """
 
     def __init__(self, task: PartitionTask) -> None:
         self.task = task
         stages, at = range(len(task.devices)), np.arange(task.layers + 1)
-        self._lengths = np.maximum(at[None, :] - at[:, None], 0)
-        empty = self._lengths == 0
+        lengths = np.maximum(at[None, :] - at[:, None], 0)
+        empty = lengths == 0
         self.memory: list[Table] | None = None
         if task.memory is not None:
             self.memory = [np.where(empty, np.inf, task.memory(s)) for s in stages]
@@ -187,6 +199,9 @@ class _Partition:
                 refused = empty | (self.memory[s] > task.limits[device])
             self.costs.append(np.where(refused, np.inf, task.cost(s)))
         self.traffic = [task.traffic(s) for s in stages]
+        self.squares = [lengths.astype(float) ** 2 for _ in stages]
+        if task.slack:
+            self.squares = [np.where(np.isinf(c), 0.0, c) ** 2 for c in self.costs]
         self.best = _min_max(self.costs, task.layers)
 
     def cheapest_ends(self, cost: float) -> list[int]:
@@ -232,18 +247,19 @@ class _Partition:
         """The second pass, over the spans that are allowed."""
         # Traffic first, then squares among the ends that have the least traffic: as one
         # number they would have to be weighed against each other.
-        count, lengths_squared = self.task.layers, self._lengths.astype(float) ** 2
+        count = self.task.layers
         nothing = np.full(count + 1, np.inf)
         nothing[count] = 0.0
         found = _Least([nothing], [nothing], [])
-        for table, moved in zip(reversed(allowed), reversed(self.traffic), strict=True):
+        tables = zip(allowed, self.traffic, self.squares, strict=True)
+        for table, moved, uneven in reversed([*tables]):
             traffic = table + moved + found.traffic[-1][None, :]
             least = traffic.min(1)
-            squares = lengths_squared + found.squares[-1][None, :]
+            squares = uneven + found.squares[-1][None, :]
             squares = np.where(traffic == least[:, None], squares, np.inf)
             fewest = squares.min(1)
             # Of the ends that are as good the last: argmax of the reversed row.
-            as_good = squares == fewest[:, None]
+            as_good = squares <= fewest[:, None] * (1 + _EQUAL)
             found.end.append(count - np.argmax(as_good[:, ::-1], axis=1))
             found.traffic.append(least)
             found.squares.append(fewest)
@@ -352,7 +368,7 @@ def _search(partition: _Partition, nodes: int) -> tuple[int, ...] | Shortage:
         return Shortage(None, device, nearest.value[0], cheapest.complete)
     # Only now traffic: both at once would need a bound on pairs, and if this second
     # search runs out of nodes, a cut that is as cheap is known already.
-    allowed = partition.allowed(cheapest.value[0])
+    allowed = partition.allowed(cheapest.value[0] * (1 + partition.task.slack))
     least = partition.least(allowed)
 
     def by_traffic(node: _Node) -> Iterator[_Branch]:
@@ -361,7 +377,8 @@ def _search(partition: _Partition, nodes: int) -> tuple[int, ...] | Shortage:
             if allowed[s][node.start, end]:
                 continue
             moved = node.value[0] + partition.traffic[s][node.start, end]
-            squares = node.value[1] + float(end - node.start) ** 2
+            uneven = float(partition.squares[s][node.start, end])
+            squares = node.value[1] + uneven
             bound = (
                 moved + least.traffic[s + 1][end],
                 squares + least.squares[s + 1][end],

@@ -1,7 +1,8 @@
 """What `Pipe(balance=..., sample=...)` was given, as layers per stage.
 
 balance         sample   the layers of each stage
-None            None     as even as possible in number
+None            None     as even as possible in number; of the pieces of a function by
+                         their estimated costs
 [2, 3]          None     as given
 None, "flops"   x        found by what the layers cost on the batch `x`
 
@@ -11,20 +12,22 @@ are known. Who has them calls `fpipe.balance`, and gives its result.
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args
 from fpipe._executors.placement import Placement
-from fpipe._executors.scheduling import Scheduling
+from fpipe._executors.scheduling import MOST_FOR_A_MAP, Scheduling
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, stand_ins
 from fpipe._model.remat import Remat
-from fpipe._planning.balance import found_balance, stage_devices
+from fpipe._planning.balance import best_balance, found_balance, stage_devices
+from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import UNITS, Gauge, costs_and_spans
+from fpipe.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,8 @@ class PipeSetup:
     Attributes:
         params: shapes of the parameters of each layer, where they are known; `None`:
             those that the layers make.
+        known_costs: what the layers cost, where it is known without a batch; it is
+            asked only if nobody says more.
     """
 
     model: Model
@@ -42,6 +47,7 @@ class PipeSetup:
     placements: tuple[Placement, ...]
     chunks: int
     params: Sequence[PyTree] | None = None
+    known_costs: Callable[[], LayerCosts | None] = lambda: None
 
     @property
     def stages(self) -> int:
@@ -70,6 +76,9 @@ def given_balance(
             "too, `Pipe(..., sample=x, sample_side=side)`"
         )
     layers = len(pipe.model.layers)
+    costs = pipe.known_costs() if balance is None else None
+    if costs is not None:
+        return _by_estimate(costs, pipe)
     if balance is None:
         # The first stages get the layers that are left over: 5 on 3 are (2, 2, 1). The
         # last stage has the loss besides.
@@ -78,16 +87,30 @@ def given_balance(
     return _checked(balance, layers)
 
 
+def _by_estimate(costs: LayerCosts, pipe: PipeSetup) -> tuple[int, ...]:
+    """Layers per stage by costs that are known without a batch."""
+    # The number of microbatches may not be known yet, nor whether a limit of `offload`
+    # can be kept. How often a forward runs hardly depends on either.
+    scheduling, devices = Scheduling.of(pipe.scheduling.option), len(pipe.placements)
+    known = dataclasses.replace(
+        costs, microbatches=pipe.chunks, checkpoint=pipe.remat.option
+    )
+    stage_to_device = stage_devices(known, scheduling, pipe.stages, devices)
+    microbatches = min(pipe.chunks, MOST_FOR_A_MAP * (1 + max(stage_to_device)))
+    if isinstance(scheduling.option, Schedule):
+        microbatches = scheduling.option.microbatches
+    known = dataclasses.replace(known, microbatches=microbatches)
+    return best_balance(known, scheduling, stage_to_device, Hardware())
+
+
 def _found(
     balance: Any, sample: PyTree, sample_side: PyTree, pipe: PipeSetup
 ) -> tuple[int, ...]:
     """Layers per stage by what a sample says that they cost."""
-    # A sample alone means FLOPs: it needs no device and gives the same each time.
-    call, by = (
-        f"`Pipe(balance={shown(balance)})`",
-        "flops" if balance is None else balance,
-    )
-    if not isinstance(by, str) or by not in UNITS:
+    # A sample alone means what needs no device, and gives the same each time: FLOPs,
+    # or the estimate of a function's pieces.
+    call, by = f"`Pipe(balance={shown(balance)})`", balance
+    if by is not None and (not isinstance(by, str) or by not in UNITS):
         raise TypeError(
             f"{call} and `sample`: a sample is only for a balance that is computed: "
             f"{', '.join(map(repr, UNITS))}; leave one of the two out"

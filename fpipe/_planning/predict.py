@@ -75,7 +75,7 @@ class KnownLayers:
     Attributes:
         model: with the traces of its layers.
         traces: those of stages, and their programs.
-        costs: in FLOPs.
+        costs: by FLOPs, or estimated.
     """
 
     model: Model
@@ -92,7 +92,7 @@ def predict(
         data: what the executor tells of the call.
         args: the call's arguments, or their shapes; parameters as for the plain
             composition.
-        costs: of the layers in FLOPs, if they are known.
+        costs: of the layers, if they are known.
     """
     layers = costs
     if layers is None:
@@ -123,7 +123,9 @@ def predict(
             },
         ),
         *advise_balance(
-            stages, lambda: _best_balance(data, layers, stages, options.hardware)
+            stages,
+            _work_of_stages(data, layers, stages, options),
+            lambda: _best_balance(data, layers, stages, options.hardware),
         ),
         *advise_more_microbatches(
             stages,
@@ -361,11 +363,31 @@ _ROLES = (
 # --- what would be better ---
 
 
+def _work_of_stages(
+    data: PlanData,
+    costs: LayerCosts,
+    stages: Sequence[StageRow],
+    options: PlanOptions,
+) -> list[float]:
+    """What each stage takes, by what its balance was found by."""
+    if not costs.estimated or options.by == "time":
+        return [row.total for row in stages]
+    # FLOPs would call a cut by the estimated time uneven.
+    hardware, stage_to_device = options.hardware, data.schedule.stage_to_device
+    tables = SpanTables(costs, stage_to_device, data.scheduling, hardware.optimizer)
+    found = []
+    for s, row in enumerate(stages):
+        speed = hardware.speed[stage_to_device[s]] if hardware.speed else 1.0
+        end = row.first + len(row.layers)
+        found.append(float(tables.work(s)[row.first, end]) / speed)
+    return found
+
+
 def _best_balance(
     data: PlanData, costs: LayerCosts, stages: Sequence[StageRow], hardware: Hardware
 ) -> tuple[tuple[int, ...], float]:
-    """The best balance by FLOPs, and what is left with it of the work of the most
-    expensive stage, as a share.
+    """The best balance by the costs of layers, and what is left with it of the work of
+    the most expensive stage, as a share.
     """
     stage_to_device = data.schedule.stage_to_device
     # Neither limits nor links: the cut is to be better at work alone.

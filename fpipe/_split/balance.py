@@ -28,11 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fpipe._planning.costs import Sent
-
-# Among the balances whose most expensive stage costs at most this share more than the
-# best, the one with the least traffic is taken. Without this slack, to gain a little,
-# a block would be cut in its middle, which several arrays cross.
-SLACK = 0.05
+from fpipe._planning.partition import SLACK
 
 # Sums of floats that differ by less than that share are equal.
 _EQUAL = 1e-9

@@ -119,6 +119,15 @@ class CutTrace:
         return tuple(sum(costs[n] for n in piece.nodes) for piece in self.pieces)
 
     @cached_property
+    def work(self) -> tuple[tuple[float, float], ...]:
+        """The same of its forward and of its backward."""
+        costs, found = self.traced.forward_costs, []
+        for piece, both in zip(self.pieces, self.costs, strict=True):
+            forward = min(both, sum(costs[n] for n in piece.nodes))
+            found.append((forward, both - forward))
+        return tuple(found)
+
+    @cached_property
     def _readers(self) -> dict[int, list[int]]:
         """For each value that crosses a cut the pieces that read it."""
         readers: dict[int, list[int]] = {}

@@ -31,6 +31,7 @@ from fpipe._core.checks import as_bool, as_int
 from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import (
     PyTree,
+    Shape,
     Spec,
     describe,
     is_array,
@@ -45,9 +46,10 @@ from fpipe._model.function_layers import FunctionLayers, OwnTree
 from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import CallShapes, Cut, Whole
 from fpipe._model.model import Model
-from fpipe._model.needs import BY_NAME, OF_FUNCTION, call_needs
-from fpipe._model.straight import StraightInputs, only
+from fpipe._model.needs import BY_NAME, OF_CALL, OF_FUNCTION, call_needs
+from fpipe._model.straight import StraightInputs, only, rejoined, user_side
 from fpipe._model.wrappers import Microbatches
+from fpipe._planning.costs import LayerCosts, Sent
 from fpipe._planning.text import counted
 from fpipe._split.balance import best_balance
 from fpipe._split.cut_graph import (
@@ -276,6 +278,52 @@ class Split(FunctionLayers):
     def _ways(self) -> dict[Any, "_Ways"]:
         return {}
 
+    # --- costs ---
+
+    def estimated_work(
+        self, x: PyTree, needs: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], ...]:
+        """What each piece takes in a step that trains, forward and backward, estimated
+        from the trace.
+
+        The unit is a FLOP of a large matrix product. The mode is that of the example
+        that the function was split with, and so are its dtypes: they decide how a
+        `Pipe` cuts it.
+
+        Arguments:
+            x, needs: shapes of a microbatch, as `layers_in` take them.
+        """
+        straight, first = needs.get("side"), self.cut.first
+        side = Shape.of(user_side(straight))
+        own = tuple(
+            side if need.name == "side" and side.spec == given.spec else given
+            for need, given in zip(OF_CALL, first.needs, strict=True)
+        )
+        kind = Kind(Shape.of(rejoined(x, straight)), own)
+        return self.cut.trace(kind).work
+
+    def estimated_costs(self) -> LayerCosts:
+        """What decides the balance of a `Pipe`: the work of the pieces for the example
+        that the function was split with, and what goes between them.
+        """
+        trace, borrowed = self.cut.trace(self.cut.first), self._borrowed()
+        none = (0,) * len(self)
+        return LayerCosts(
+            names=self.cut.wiring.names,
+            forward=tuple(forward for forward, _ in trace.work),
+            backward=tuple(backward for _, backward in trace.work),
+            unit="FLOP",
+            params=none,
+            gradients=none,
+            residuals=none,
+            shared=none,
+            saved=none,
+            boundaries=none,
+            skips=tuple(trace.sent),
+            borrowed=tuple(Sent(p.owner, p.readers, p.bytes) for p in borrowed),
+            estimated=True,
+        )
+
     # --- state ---
 
     @property
@@ -400,7 +448,9 @@ class Split(FunctionLayers):
 
         The most expensive stage takes as little time as possible, estimated from the
         trace (see `fpipe.split`). A balance may make it up to 5 % longer if fewer bytes
-        then go between stages.
+        then go between stages. A forward counts once. `Pipe` and `fpipe.balance` know
+        how often it runs: twice with a checkpoint mode, except on the last stage of
+        most schedules.
 
         Arguments:
             stages: the number of stages, at least 1.
@@ -457,17 +507,35 @@ class Split(FunctionLayers):
         name = self.cut.function.layer.name
         return f"Split({name}: {counted(len(self), 'piece')})"
 
-    @property
-    def _graph(self) -> CutGraph:
-        trace, wiring = self.cut.trace(self.cut.first), self.cut.wiring
-        borrowed = [
+    def _borrowed_roots(self) -> list[list[Rows]]:
+        """For each piece the parameters that it reads and does not own."""
+        trace, owned = self.cut.trace(self.cut.first), self.cut.wiring.owned
+        return [
             [
                 root
                 for root in (self.cut.roots[n] for n in piece.params)
-                if not any(rows.has(root) for rows in wiring.owned[k])
+                if not any(rows.has(root) for rows in owned[k])
             ]
             for k, piece in enumerate(trace.pieces)
         ]
+
+    def _borrowed(self) -> tuple[BorrowedParameter, ...]:
+        """The parameters that other pieces read than those that own them."""
+        function, borrowed = self.cut.function, self._borrowed_roots()
+        return tuple(
+            BorrowedParameter(
+                root.label(function.paths[root.leaf]),
+                nbytes(root.of(function.params.leaves[root.leaf])),
+                self.cut.wiring.params.place_of(root).piece,
+                tuple(k for k, own in enumerate(borrowed) if root in own),
+            )
+            for root in sorted(set(itertools.chain(*borrowed)))
+        )
+
+    @property
+    def _graph(self) -> CutGraph:
+        trace, wiring = self.cut.trace(self.cut.first), self.cut.wiring
+        borrowed = self._borrowed_roots()
         pieces = tuple(
             PieceNode(
                 wiring.names[k],
@@ -483,15 +551,7 @@ class Split(FunctionLayers):
         crossing, again, given = values_and_inputs(
             trace, self.cut.first, self.state_shapes
         )
-        lent = tuple(
-            BorrowedParameter(
-                root.label(self.cut.function.paths[root.leaf]),
-                nbytes(root.of(self.cut.function.params.leaves[root.leaf])),
-                wiring.params.place_of(root).piece,
-                tuple(k for k, own in enumerate(borrowed) if root in own),
-            )
-            for root in sorted(set(itertools.chain(*borrowed)))
-        )
+        lent = self._borrowed()
         name = self.cut.function.layer.name
         return CutGraph(name, pieces, crossing, again, lent, given)
 

@@ -315,6 +315,11 @@ class Traced:
         return found
 
     @cached_property
+    def forward_costs(self) -> dict[Node, float]:
+        """What each equation takes in a forward: see `_program.roofline`."""
+        return costs(self.graph, self.live, (), machine())
+
+    @cached_property
     def costs(self) -> dict[Node, float]:
         """What each equation takes in a step that trains: see `_program.roofline`."""
         found = costs(self.graph, self.live, self.params, machine())

@@ -35,6 +35,7 @@ from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.stages import SIDE, Leaf, X
 from fpipe._model.straight import StraightInputs, arrays_in_place, rejoined
+from fpipe._planning.costs import LayerCosts
 from fpipe._split.init import Init, make_state
 from fpipe._split.split import Split
 
@@ -93,9 +94,8 @@ class UserTrees:
         """Shapes of the parameters, one entry per layer, where these are known."""
         return None
 
-    def balance(self, stages: int) -> tuple[int, ...] | None:
-        """The best balance, where what layers cost is known."""
-        del stages
+    def known_costs(self) -> LayerCosts | None:
+        """What layers cost, where it is known without a batch."""
         return None
 
     def sample(self, x: PyTree, side: PyTree) -> tuple[PyTree, PyTree]:
@@ -218,8 +218,8 @@ class FunctionTrees(UserTrees):
     def known_params(self) -> Sequence[PyTree] | None:
         return self.split.params(self.split.param_shapes)
 
-    def balance(self, stages: int) -> tuple[int, ...] | None:
-        return self.split.balance(stages)
+    def known_costs(self) -> LayerCosts | None:
+        return self.split.estimated_costs()
 
     def sample(self, x: PyTree, side: PyTree) -> tuple[PyTree, PyTree]:
         if x is None:

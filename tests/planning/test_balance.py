@@ -77,6 +77,7 @@ class Puzzle:
     speeds: list[int]
     bytes: list[int]
     limits: list[int] | None
+    slack: float = 0.0
 
     @property
     def task(self):
@@ -92,7 +93,22 @@ class Puzzle:
             lambda s: received * (1 + s),
             None if self.limits is None else lambda s: memory * (1 + s % 2),
             tuple(self.limits or [math.inf] * len(self.speeds)),
+            self.slack,
         )
+
+    def best(self, sizes):
+        """The best of some cuts."""
+        keys = {own: self.key(own)[0] for own in sizes}
+        if not self.slack:
+            return min(keys, key=lambda own: keys[own])
+        most = min(key[0] for key in keys.values()) * (1 + self.slack)
+        # What is even is told by what stages cost, not by how many layers they have.
+        near = [own for own, key in keys.items() if key[0] <= most]
+        return min(near, key=lambda own: (keys[own][1], self.uneven(own), keys[own][3]))
+
+    def uneven(self, sizes):
+        costs = (self.task.cost(s)[span] for s, span in enumerate(spans(sizes)))
+        return sum(cost**2 for cost in costs)
 
     def key(self, sizes):
         """What the best cut has least of, summed anew for each cut; and by how much a
@@ -142,9 +158,9 @@ def puzzles(draw):
         sends.append(Sent(ends[0], tuple(ends[1:]), draw(st.integers(0, 5))))
     times = [6 * t for t in some(0, 4, layers)]  # divided by speeds they stay whole
     limits = some(3, 40, devices) if draw(st.booleans()) else None
-    return Puzzle(
-        times, sends, list(places), some(1, 3, devices), some(0, 9, layers), limits
-    )
+    speeds, sizes = some(1, 3, devices), some(0, 9, layers)
+    slack = draw(st.sampled_from([0.0, 0.3]))
+    return Puzzle(times, sends, list(places), speeds, sizes, limits, slack)
 
 
 @pytest.mark.quick
@@ -158,7 +174,7 @@ def test_the_cut_is_the_one_that_brute_force_finds(puzzle):
     }
     fitting = [sizes for sizes, (_, over) in keys.items() if over <= 0]
     if fitting:
-        assert found == min(fitting, key=lambda sizes: keys[sizes][0])
+        assert found == puzzle.best(fitting)
         return
     assert isinstance(found, Shortage)
     assert found.proven
@@ -515,9 +531,9 @@ class Stages:
     def __init__(self, time):
         self.time, self.asked = time, []
 
-    def work(self, start, end):
-        self.asked.append((start, end))
-        return LayerWork(self.time(start, end), 0.0)
+    def measure(self, spans):
+        self.asked += spans
+        return {span: LayerWork(self.time(*span), 0.0) for span in spans}
 
 
 def measured(layers, stages, count):
@@ -527,19 +543,38 @@ def measured(layers, stages, count):
 
 
 def test_stages_of_the_best_cut_are_measured_until_none_can_be_better():
-    times = {(0, 2): 3.1, (2, 4): 5.0, (0, 3): 3.9, (1, 4): 4.5}
+    times = {(0, 2): 3.1, (2, 4): 5.0, (0, 3): 3.9, (1, 4): 4.5, (3, 4): 2.0}
     stages = Stages(lambda *span: times[span])
     # By the sums (2, 2) is the best, 3 and 3.
     assert measured((2.0, 1.0, 1.0, 2.0), stages, 2) == (3, 1)
-    assert stages.asked[:2] == [(0, 2), (2, 4)]
-    assert sorted(stages.asked) == sorted({*stages.asked})
+    assert stages.asked[:3] == [(0, 2), (2, 4), (0, 3)]
+    # Each stage of both cuts once more before the end; the last layer was known.
+    assert stages.asked[3:] == [(0, 2), (2, 4), (0, 3), (3, 4)]
+
+
+def test_a_stage_that_was_measured_wrongly_is_measured_again_before_it_decides():
+    """What else a machine does only adds to a time."""
+    asked = list[tuple[int, int]]()
+
+    def time(start, end):
+        asked.append((start, end))
+        busy = (start, end) == (2, 4) and asked.count((2, 4)) == 1
+        return end - start + 5.0 * busy
+
+    assert measured((1.0,) * 4, Stages(time), 2) == (2, 2)
+    assert asked.count((2, 4)) == 2
+    # A layer that is a stage, too: it was measured with the others.
+    stages = Stages(lambda start, end: float(end - start))
+    assert measured((1.0, 1.0, 9.0), stages, 2) == (2, 1)
+    assert measured((1.0, 1.0, 1.0, 3.0), stages, 2) == (2, 2)
 
 
 def test_when_cuts_have_been_measured_often_enough_the_best_of_them_is_taken():
     # Each stage takes longer than its sum, so that the next cut always looks better.
     stages = Stages(lambda start, end: 50.0 + start + end)
     first, second = measured((1.0,) * 30, stages, 2)
-    assert len(stages.asked) == 16
+    assert len({*stages.asked}) == 16
+    assert sorted(stages.asked[16:]) == sorted(stages.asked[:16])
     ends = [end for start, end in stages.asked if start == 0]
     assert (first, second) == (min(ends), 30 - min(ends))
 

@@ -1,5 +1,6 @@
 """Costs, balances and predictions of a function that was split are those of the same
-layers written by hand. Nothing is compiled.
+layers written by hand, by each measure that layers have. By default its pieces have one
+of their own, and whoever finds a balance goes by that. Nothing is compiled.
 """
 
 import dataclasses
@@ -59,17 +60,21 @@ def test_costs_are_those_of_layers(split, layers):
 
 def test_a_balance_is_that_of_layers(split, layers):
     # The limits are such that the balance by FLOPs alone does not fit.
-    limits = [fpipe.balance(layers, X, stages=2), fpipe.balance(split, X, stages=2)]
-    tight = {"stages": 2, "chunks": 3, "memory": [1600, 4000]}
-    limits += [fpipe.balance(layers, X, **tight), fpipe.balance(split, X, **tight)]
-    assert limits[0] == limits[1] != limits[2] == limits[3]
+    loose = {"stages": 2, "by": "flops"}
+    tight = {**loose, "chunks": 3, "memory": [1600, 4000]}
+    found = [
+        fpipe.balance(given, X, **limits)
+        for limits in (loose, tight)
+        for given in (layers, split)
+    ]
+    assert found[0] == found[1] != found[2] == found[3]
     with pytest.raises(ValueError, match="does not fit: short by"):
         fpipe.balance(split, X, stages=2, memory=100)
 
 
 def test_a_pipe_finds_its_balance_by_a_sample(split, layers):
     devices = jax.devices()[:2]
-    for by in (None, "flops", "bytes", "memory"):
+    for by in ("flops", "bytes", "memory"):
         found = [
             fpipe.Pipe(given, by, devices, 3, sample=X).balance
             for given in (split, layers)
@@ -79,8 +84,64 @@ def test_a_pipe_finds_its_balance_by_a_sample(split, layers):
 
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zb_v"])
 def test_a_pipe_balances_virtual_stages(split, schedule):
-    pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=4, schedule=schedule)
+    what = {"devices": jax.devices()[:2], "chunks": 4, "schedule": schedule}
+    pipe = fpipe.Pipe(split, checkpoint="never", **what)
     assert pipe.balance == split.balance(4)
+
+
+def alike(params, x):
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+@pytest.mark.parametrize("checkpoint", ["never", "except_last", "always"])
+def test_whoever_finds_a_balance_goes_by_one_estimate(split, checkpoint):
+    what: dict[str, Any] = {"chunks": 3, "checkpoint": checkpoint, "schedule": "1f1b"}
+    devices = jax.devices()[:2]
+    # Nine pieces that cost the same, and some that do not.
+    equal = [jax.ShapeDtypeStruct((8, 8), jnp.float32)] * 9
+    x = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+    rows = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+    for own, batch in ((split, X), (fpipe.split(alike, equal, rows), x)):
+        pipe = fpipe.Pipe(own, devices=devices, **what)
+        assert fpipe.balance(own, batch, stages=2, **what) == pipe.balance
+        costs = fpipe.layer_costs(own, batch, chunks=3, checkpoint=checkpoint)
+        assert fpipe.balance(costs, stages=2, schedule="1f1b") == pipe.balance
+        sampled = fpipe.Pipe(own, devices=devices, sample=batch, **what)
+        assert sampled.balance == pipe.balance
+        tuning = fpipe.tune(
+            own,
+            batch,
+            devices=devices,
+            chunks=3,
+            checkpoints=checkpoint,
+            schedules="1f1b",
+        )
+        assert tuning.pipe.balance == pipe.balance
+        assert not any("times the mean" in w for w in pipe.plan(None, batch).warnings)
+    # The last stage recomputes nothing, and takes more of them.
+    assert pipe.balance == ((5, 4) if checkpoint == "never" else (4, 5))
+
+
+def test_an_estimate_is_that_of_the_batch():
+    """Of one with more rows the weights count for less."""
+    widths = (64, 64, 64, 256, 64)
+    shapes = [
+        jax.ShapeDtypeStruct(sizes, jnp.float32) for sizes in itertools.pairwise(widths)
+    ]
+    split = fpipe.split(alike, shapes, jax.ShapeDtypeStruct((2, 64), jnp.float32))
+    few, many = (
+        fpipe.layer_costs(split, jax.ShapeDtypeStruct((n, 64), jnp.float32))
+        for n in (2, 512)
+    )
+    assert few.forward == tuple(
+        work for work, _ in split.cut.trace(split.cut.first).work
+    )
+    assert few.estimated
+    assert many.unit == "FLOP"
+    assert few.forward < many.forward
+    assert many.forward[2] / many.forward[0] != few.forward[2] / few.forward[0]
 
 
 def test_the_best_pipe_is_that_of_layers(split, layers, shapes):
@@ -137,7 +198,7 @@ def test_pieces_take_what_xla_counts():
     x = jax.ShapeDtypeStruct((2, 16, 32), jnp.float32)
     split = fpipe.split(attention, params, x)
     trace = split.cut.trace(split.cut.first)
-    counted = fpipe.layer_costs(split, x).forward
+    counted = fpipe.layer_costs(split, x, by="flops").forward
     assert len(counted) == 2
     for piece, flops in zip(trace.pieces, counted, strict=True):
         assert abs(piece.flops - flops) <= 0.03 * flops
