@@ -230,7 +230,7 @@ def test_whoever_takes_a_split_takes_one_with_state():
     """Costs, balances, predictions, recordings, anomalies, half precision."""
     example = batch_norm()
     split, x = example.split(cuts=["b"]), example.x
-    costs = fpipe.layer_costs(split, x, chunks=3)
+    costs = fpipe.layer_costs(split, x, by="flops", chunks=3)
     assert costs == fpipe.layer_costs(
         split.layers, x, chunks=3, params=split.params(example.params)
     )
