@@ -1,4 +1,19 @@
-"""fpipe: pipeline-parallel training for JAX as pure functions."""
+"""fpipe: pipeline-parallel training for JAX as pure functions.
+
+In: a loss function, or a list of layers. Out: the loss and its gradients, computed in
+stages on several devices:
+
+    step = fpipe.value_and_grad(loss_fn, devices=jax.devices(), chunks=8)
+    params = step.place(params, batch)
+    loss, grads = step(params, batch)
+
+    pipe = fpipe.Pipe(layers, devices=jax.devices(), chunks=8)
+    params = pipe.init(key, x)
+    loss, grads = pipe.value_and_grad(loss_fn)(params, x, target)
+
+`fpipe.schedules` comes with `import fpipe`. Import `fpipe.optim`, `fpipe.flax`,
+`fpipe.distributed`, `fpipe.plot` and `fpipe.testing` by their own names.
+"""
 
 from fpipe import schedules as schedules
 from fpipe._executors.recording import record as record

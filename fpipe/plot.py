@@ -244,5 +244,5 @@ def _matplotlib(name: str) -> Any:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise
         raise ImportError(
-            'drawing through matplotlib needs it: pip install "fpipe[plot]"'
+            '`fpipe.plot` draws with matplotlib: pip install "fpipe[plot]"'
         ) from error

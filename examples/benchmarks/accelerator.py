@@ -2,13 +2,13 @@
 beside the unpipelined step.
 
 1. Equality: a small transformer with a skip and dropout, for every schedule, against
-the plain composition
-   (`fpipe.testing.assert_equals_sequential`), in float32 with the highest precision of
-   matrix products and in bfloat16. Stages go round over the devices that there are, so
-   one GPU will do; then every other stage is on the host's CPU.
+   the plain composition (`fpipe.testing.assert_equals_sequential`), in float32 with the
+   highest precision of matrix products and in bfloat16. Stages go round over the
+   devices that there are, so one GPU will do; then every other stage is on the host's
+   CPU.
 2. Time: a step of the transformer of `two_processes.py` in four stages on one device,
-beside the unpipelined jitted step that adds up
-   gradients over the microbatches: medians over alternating repeats.
+   beside the unpipelined jitted step that adds up gradients over the microbatches:
+   medians over alternating repeats.
 3. Dispatch: how long the host is busy with a step, while the device works.
 
 `--launch` runs a comparison in place of these: what a launch costs, and which flags and

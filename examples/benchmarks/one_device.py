@@ -2,13 +2,11 @@
 what it holds.
 
 1. Time: the transformer of `two_processes.py` in several stages on one device
-(`"interleaved_1f1b"` puts them there) beside the
-   unpipelined jitted gradient-accumulation step, pinned to one core. The goal is at
-   most 5 % more.
+   (`"interleaved_1f1b"` puts them there) beside the unpipelined jitted
+   gradient-accumulation step, pinned to one core. The goal is at most 5 % more.
 2. Memory: the temporary memory and the compile time (median of three) of a step over
-four devices, as the number of microbatches of one size
-   grows; and the inputs in what a device holds: they are on every device, or lie over
-   them if they are large.
+   four devices, as the number of microbatches of one size grows; and the inputs in what
+   a device holds: they are on every device, or lie over them if they are large.
 """
 
 import argparse

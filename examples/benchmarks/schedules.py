@@ -5,19 +5,18 @@ weight gradient, so that devices work side by side however few cores there are. 
 tables:
 
 1. Time: each schedule with F = I = W = one unit of sleep for each device (half a unit
-for each stage where a device has two),
-   and 1F1B and eager 1F1B with uneven stages. The ratio is measured over simulated;
-   `order` counts the runs in which every device started its actions in the schedule's
-   order, `global` those in which any two actions of which one starts more than half a
-   unit earlier on paper also started in that order.
+   for each stage where a device has two), and 1F1B and eager 1F1B with uneven stages.
+   The ratio is measured over simulated; `order` counts the runs in which every device
+   started its actions in the schedule's order, and `global` those in which all devices
+   together started them in the simulated order. Two actions are compared only if the
+   simulation starts them more than half a unit apart.
 2. Memory: the peak of live stage inputs on each device, counted among all live arrays
-(`jax.live_arrays()`) right after each
-   forward is dispatched, in a model without sleep. Counted are the inputs of stages
-   that get them from another device; the first stage cuts its own out of the batch, and
-   a stage after one on the same device reads that one's output. Gradients of inputs
-   are not counted (one waits where it was made until the other device takes it). The
-   formula is the simulated timeline's peak for the same stages, from the start of `F`
-   to the end of `B` or `W`.
+   (`jax.live_arrays()`) right after each forward is dispatched, in a model without
+   sleep. Counted are the inputs of stages that get them from another device; the first
+   stage cuts its own out of the batch, and a stage after one on the same device reads
+   that one's output. Gradients of inputs are not counted (one waits where it was made
+   until the other device takes it). The formula is the simulated timeline's peak for
+   the same stages, from the start of `F` to the end of `B` or `W`.
 3. Dispatch: one thread beside a thread for each device.
 """
 

@@ -5,26 +5,24 @@ The models are those of the three examples (`train_unet.py`, `train_lm.py`,
 goal. Four parts:
 
 1. Peak bytes under the placed executor. While a step runs, all live arrays
-(`jax.live_arrays()`) are counted after each
-   program and each transfer, when what it makes is there and nothing has been dropped
-   yet: that is when most is alive. An array that several objects share, or that is
-   deleted, counts once, or not at all. The maximum of each device is set beside the
-   `peak` of its row in the plan. The goal is a ratio within 5 % for every device. What
-   a program needs for itself while it runs is no array, and a CPU device does not tell
-   it; on GPUs `peak_bytes_in_use` of the whole step is measured too, each case in a
-   process of its own, beside the plan with `compiled=True`.
+   (`jax.live_arrays()`) are counted after each program and each transfer, when what it
+   makes is there and nothing has been dropped yet: that is when most is alive. An array
+   that several objects share, or that is deleted, counts once, or not at all. The
+   maximum of each device is set beside the `peak` of its row in the plan. The goal is a
+   ratio within 5 % for every device. What a program needs for itself while it runs is
+   no array, and a CPU device does not tell it; on GPUs `peak_bytes_in_use` of the whole
+   step is measured too, each case in a process of its own, beside the plan with
+   `compiled=True`.
 2. Peak bytes under the scan executor: what the compiled program of the user's own
-jitted step needs on each device
-   (`memory_analysis()`: what goes in and out, and temporary memory), beside the plan
-       with `compiled=True`, which compiles the step
+   jitted step needs on each device (`memory_analysis()`: what goes in and out, and
+   temporary memory), beside the plan with `compiled=True`, which compiles the step
    itself, and beside the plan from shapes alone, which has the buffers and not what an
    operation needs for itself. The goal, within 5 %, is for the former.
 3. The order of schedules by time: stages that sleep, of unequal lengths, planned with
-`by="time"` and run alternately. Of all
-   pairs of cases whose plans differ by more than 3 %, all must be in the right order.
+   `by="time"` and run alternately. Of all pairs of cases whose plans differ by more
+   than 3 %, all must be in the right order.
 4. Seconds of the example models, planned with `by="time"` and measured. On CPUs without
-a goal: simulated devices share cores, and
-   the plan does not know that.
+   a goal: simulated devices share cores, and the plan does not know that.
 """
 
 import argparse

@@ -8,13 +8,13 @@ by gloo; a device of one process may use every core, so two devices of one proce
 show nothing. Side by side, in alternating rounds:
 
 1. `fpipe.Pipe(executor="scan")`, for each schedule with and without remat (`checkpoint`
-"always" and "never").
+   "always" and "never").
 2. The unpipelined step in JAX on the first core alone: `lax.scan` over the same
-microbatches, gradients summed in the carry.
-   With remat, each half of the blocks is a `jax.checkpoint`.
+   microbatches, gradients summed in the carry. With remat, each half of the blocks is a
+   `jax.checkpoint`.
 3. `torch.distributed.pipelining` on the same cores, without remat, and torch's own
-unpipelined step on the first core. torch
-   lives in a virtual environment of its own, which the script makes if it is not there.
+   unpipelined step on the first core. torch lives in a virtual environment of its own,
+   which the script makes if it is not there.
 
 A time is from the first process that leaves a barrier to the last one that has its
 results. The speed-up is over the same library's unpipelined step with the same remat

@@ -1,3 +1,14 @@
-"""What every room uses and what imports no other room: pytrees as flat arrays, notes on
-errors, caches, a token of the settings of JAX, and a look at forks.
+"""What every room uses, and what imports no other room.
+
+pytrees     pytrees as flat tuples of arrays
+statics     which leaves may be constants of a program
+checks      arguments of public functions, checked
+errors      notes on errors, and warnings
+caches      what was used last is kept
+settings    JAX's settings as a value for keys
+meshes      the mesh in the caller's context
+processes   who has an array, if there are several processes
+watchdog    ends a process that waits too long for another one
+leaks       values of a trace that outlive it
+forks       forks of a process that has used JAX
 """

@@ -54,8 +54,8 @@ def entries(value: object) -> str:
     about values that should have one entry per layer.
     """
     if isinstance(value, (tuple, list)):
-        return f"{len(value)} entries"
-    return f"a {type(value).__name__}"
+        return "1 entry" if len(value) == 1 else f"{len(value)} entries"
+    return a_type(value)
 
 
 def a_type(value: object) -> str:

@@ -423,6 +423,6 @@ def checked(model: Model, args: Args) -> Args:
         if jax.tree.leaves(args.state[k]):
             raise ValueError(
                 f"state: entry {k} is {describe(args.state[k])}, but layer "
-                f"{model.layers[k].name!r} has none"
+                f"{model.layers[k].name!r} has no state; give None there"
             )
     return args._replace(state=tuple(numbers_as_arrays(s) for s in args.state))

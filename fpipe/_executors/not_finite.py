@@ -1,8 +1,13 @@
 """What a program returned, looked at under `jax.debug_nans` and `jax.debug_infs`.
 
 JAX looks itself where a program is small enough to be run again, operation by
-operation. For one that is a whole call this module looks. In: its arrays. Out: nothing,
-or a `NotFiniteError`, on which `Pipe` runs the layers one by one to find the operation.
+operation. This module looks at what a program of a whole call returned. In: its arrays.
+Out: nothing, or a `NotFiniteError`:
+
+    loss 0.3, gradients finite      nothing
+    loss nan                        NotFiniteError: invalid value (nan) in the result …
+
+On such an error `Pipe` runs the layers one by one, to find the operation.
 """
 
 from typing import Any

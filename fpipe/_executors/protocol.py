@@ -1,10 +1,15 @@
 """`Executor`: the one interface between a pipe and what runs it.
 
 `Pipe`, planning, recording and tuning know an executor by these methods alone, so that
-another executor is another class with them and nothing else. `Placed` dispatches one
-program per stage and kind of action; `Scan` runs the whole call as one program;
-`fpipe.sequential` is the reference. It is no executor: it has no devices and no
-schedule, and shares only the calls (`call.Call`) with a `Pipe`.
+another executor is another class with them and nothing else. A step and its plan:
+
+    executor.place(params, donate=False)       parameters where they belong
+    executor.loss(args, loss, argnums=(0,))    loss, states and gradients
+    executor.plan_data(args, loss, …)          what `pipe.plan` is told of the step
+
+`Placed` dispatches one program per stage and kind of action; `Scan` runs the whole call
+as one program; `fpipe.sequential` is the reference. It is no executor: it has no
+devices and no schedule, and shares only the calls (`call.Call`) with a `Pipe`.
 """
 
 import dataclasses

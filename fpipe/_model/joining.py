@@ -364,8 +364,8 @@ def check_alike(pieces: Sequence[Shape], name: str, join: Join) -> None:
         for k, (a, b) in enumerate(zip(piece.leaves, first.leaves, strict=True)):
             if a.dtype != b.dtype:
                 raise ValueError(
-                    f"{name} of microbatch {i} has a {describe(a)} where that of "
-                    f"microbatch 0 has a {describe(b)}: they are joined, so the dtype "
+                    f"{name} of microbatch {i} has {describe(a)} where that of "
+                    f"microbatch 0 has {describe(b)}: they are joined, so the dtype "
                     "must not depend on the number of rows"
                 )
             part = join.part_of(k, i)[1]

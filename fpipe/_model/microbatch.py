@@ -363,8 +363,8 @@ def _ready_leaves(where: str, ready: Microbatches, start: int) -> Iterator[Input
         for a, first in zip(arrays, packs[0][0], strict=True):
             if aval(a).dtype != aval(first).dtype:
                 raise ValueError(
-                    f"`{where}`: the ready-made microbatch {i} has a {describe(a)} "
-                    f"where microbatch 0 has a {describe(first)}: all need the same "
+                    f"`{where}`: the ready-made microbatch {i} has {describe(a)} "
+                    f"where microbatch 0 has {describe(first)}: all need the same "
                     "dtype"
                 )
     k = 0

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from fpipe._core.errors import a_type
 from fpipe._core.pytrees import PyTree
 
 
@@ -131,7 +132,7 @@ class Microbatches:
         if not isinstance(pieces, (list, tuple)):
             raise TypeError(
                 "`fpipe.Microbatches(pieces)`: a list with what each microbatch gets "
-                f"is needed, got a {type(pieces).__name__}"
+                f"is needed, got {a_type(pieces)}"
             )
         if not pieces:
             raise ValueError(

@@ -111,9 +111,9 @@ def warn_of_slow_launches(
     busy = quantity(timeline.busiest_thread, "second")
     step = quantity(timeline.makespan, "second")
     text = (
-        f"host-bound: {busy} of {step} go by in launches, and the step would take "
-        f"{quantity(shortest, 'second')} without them: take fewer microbatches, fewer "
-        'stages on a device, whole backwards, or executor="scan"'
+        f"host-bound: the host launches for {busy} of {step}, and without launches the "
+        f"step would take {quantity(shortest, 'second')}: take fewer microbatches, "
+        'fewer stages on a device, whole backwards, or executor="scan"'
     )
     if _GPUS.intersection(platforms):
         text += (

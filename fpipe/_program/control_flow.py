@@ -1,7 +1,14 @@
 """What goes on inside of equations: loops, branches and recomputations.
 
 A `scan`, a `while`, a `cond` and a `jax.checkpoint` are one equation each, and hide
-what is in them. The questions here look inside, at any depth.
+what is in them. In: equations. Out: answers that look inside, at any depth. For
+
+    y = jax.lax.scan(body, h, xs)       with a `jax.pure_callback` in the body
+
+    is_remat       False
+    has_loop       True
+    asks_host      True
+    scan_parts     (0, 1): no constants, one array in the carry
 """
 
 from collections.abc import Iterable, Sequence

@@ -42,7 +42,8 @@ def stream_key(key: Any, stream: str) -> jax.Array:
     check_key(key)
     if not isinstance(stream, str):
         raise TypeError(
-            f"`fpipe.flax.stream_key(key, {shown(stream)})`: the name of a stream"
+            f"`fpipe.flax.stream_key(key, {shown(stream)})`: the name of a stream is a "
+            'string, such as "dropout"'
         )
     return jax.random.fold_in(key, zlib.crc32(stream.encode()))
 

@@ -1,5 +1,14 @@
 """optax for the parameters of a pipe, on the devices where they are.
 
+In: an optax transformation, and trees of a pipe. Out: updates and states whose arrays
+lie where their parameters lie:
+
+    tx = fpipe.optim.per_stage(optax.adam(1e-3))
+    moments = tx.init(params)
+    loss, grads = step(params, x, target)
+    updates, moments = tx.update(grads, moments, params)
+    params = fpipe.optim.apply_updates(params, updates)
+
 `import fpipe.optim` to use it. It needs optax.
 """
 

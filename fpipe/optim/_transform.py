@@ -2,8 +2,14 @@
 
 In: a transformation. Out: a transformation whose `init` and `update` take the trees of
 a pipe. These are trees with leaves on several devices (`_placed.py`), or with
-`fpipe.Packed` nodes (`_scan.py`). Both modules trace the given transformation on whole
-leaves (`_traced.py`) and divide the trace over the devices (`_partition.py`).
+`fpipe.Packed` nodes (`_scan.py`). Adam on two layers, one on each device:
+
+    params    (w0 on cpu:0, w1 on cpu:1)
+    state     mu (on cpu:0, on cpu:1), nu the same, count on cpu:0
+    updates   (on cpu:0, on cpu:1)
+
+Both modules trace the given transformation on whole leaves (`_traced.py`) and divide
+the trace over the devices (`_partition.py`).
 """
 
 from collections.abc import Iterable

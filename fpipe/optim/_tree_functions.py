@@ -1,7 +1,11 @@
 """Functions of trees with leaves on several devices: `apply_updates`, `global_norm`.
 
-In: trees, placed or packed. The computation of optax is divided over the devices: each
-device adds, or sums, its own leaves.
+In: trees, placed or packed. Out: what optax computes for them. The computation is
+divided over the devices: each device adds, or sums, its own leaves. The norm of two
+layers:
+
+    cpu:0    sum(g0 ** 2)  ──> cpu:0    sqrt(sum of both)
+    cpu:1    sum(g1 ** 2)  ──> cpu:0
 """
 
 import functools

@@ -1,5 +1,15 @@
 """Schedules are data: for each device, which (stage, microbatch) it works on, in order.
 
+In: sizes, or rows of actions. Out: a `Schedule`, which can be simulated, drawn, written
+to CSV, and given to a `Pipe`:
+
+    schedule = fpipe.schedules.gpipe(devices=2, microbatches=2)
+    print(fpipe.schedules.draw(schedule))
+
+    device 0 F0 F1          B0--- B1---
+    device 1    F0 F1 B0--- B1---
+    gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
+
 This package does not import JAX.
 """
 

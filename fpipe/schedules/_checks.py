@@ -1,5 +1,12 @@
-"""Arguments of schedules, checked; and how an error shows what a user gave: numbers,
-strings and lists of them as they are written, anything else by its type.
+"""Arguments of schedules, checked.
+
+    check_int("draw", "width", 0, 1)
+        ValueError: `draw(width=0)`: width must be at least 1
+    shown([1, 2])        "[1, 2]"
+    shown(jnp.ones)      "a function"
+
+An error shows numbers, strings and lists of them as they are written, and anything else
+by its type.
 """
 
 import math

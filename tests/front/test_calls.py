@@ -958,7 +958,7 @@ def test_missing_and_wrong_state_is_refused(call):
         run()
     with pytest.raises(
         ValueError,
-        match=f"state: {PER_LAYER} 1 entries",
+        match=f"state: {PER_LAYER} 1 entry",
     ):
         run(state=state[:1])
     with pytest.raises(
@@ -968,7 +968,7 @@ def test_missing_and_wrong_state_is_refused(call):
         run(state=state[0])
     with pytest.raises(
         ValueError,
-        match=r"state: entry 1 is float32\[\], but layer '<lambda>' has none",
+        match=r"state: entry 1 is float32\[\], but layer '<lambda>' has no state",
     ):
         run(state=(state[0], jnp.float32(1)))
 
@@ -1359,7 +1359,7 @@ WRONG_PARAMS = {
     "too short": (
         lambda p: p[:1],
         ValueError,
-        f"params: {PER_LAYER} 1 entries",
+        f"params: {PER_LAYER} 1 entry",
     ),
     "too long": (
         lambda p: (*p, ()),

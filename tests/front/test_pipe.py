@@ -558,7 +558,7 @@ def test_init_state_of_a_model_without_init_needs_the_parameters():
     ):
         pipe.init_state(case.x)
     wrong: Any = 3
-    with pytest.raises(ValueError, match=r"`init_state\(params=...\)`.*got a int"):
+    with pytest.raises(ValueError, match=r"`init_state\(params=...\)`.*got an int"):
         pipe.init_state(case.x, params=wrong)
     params = pipe.place(case.params())
     assert_equal(
@@ -696,7 +696,7 @@ def test_the_parameters_of_a_layer_may_be_none():
 @pytest.mark.parametrize(
     ("params", "got"),
     [
-        (((),), "1 entries"),
+        (((),), "1 entry"),
         (((),) * 3, "3 entries"),
         ({"a": 1}, "a dict"),
         (3.0, "a float"),

@@ -785,8 +785,8 @@ def test_outputs_whose_dtype_depends_on_the_rows_are_refused(make):
 
     with raises(
         ValueError,
-        "`pipe(params, x)`: y of microbatch 1 has a float16[1,2] where that of "
-        "microbatch 0 has a float32[2,2]: they are joined, so the dtype must not "
+        "`pipe(params, x)`: y of microbatch 1 has float16[1,2] where that of "
+        "microbatch 0 has float32[2,2]: they are joined, so the dtype must not "
         "depend on the number of rows",
     ):
         make([same, fpipe.fn(outputs)], chunks=2)(((), ()), rows(3))

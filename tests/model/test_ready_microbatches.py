@@ -324,7 +324,7 @@ WRONG = {
         lambda: fpipe.Microbatches(untyped(A)),
         TypeError,
         "`fpipe.Microbatches(pieces)`: a list with what each microbatch gets is "
-        "needed, got a ArrayImpl",
+        "needed, got an ArrayImpl",
     ),
     "empty": (
         lambda: fpipe.Microbatches([]),
@@ -352,7 +352,7 @@ WRONG = {
     "dtypes": (
         lambda: call(fpipe.Microbatches([A, A.astype(jnp.int32)])),
         ValueError,
-        "`x`: the ready-made microbatch 1 has a int32[2,3] where microbatch 0 has a "
+        "`x`: the ready-made microbatch 1 has int32[2,3] where microbatch 0 has "
         "float32[2,3]: all need the same dtype",
     ),
     "nested": (

@@ -281,17 +281,27 @@ def test_the_same_twice():
 
 
 ERRORS = {
-    "no device": (ValueError, "`zero_bubble\\(devices=0\\)`: at least 1", (0, 4), {}),
+    "no device": (
+        ValueError,
+        "`zero_bubble\\(devices=0\\)`: devices must be",
+        (0, 4),
+        {},
+    ),
     "no microbatch": (
         ValueError,
-        "`zero_bubble\\(microbatches=0\\)`: at least 1",
+        "`zero_bubble\\(microbatches=0\\)`: microbatches must be at least 1",
         (4, 0),
         {},
     ),
-    "no int": (TypeError, "`zero_bubble\\(devices=2.0\\)`: an int", (2.0, 4), {}),
+    "no int": (
+        TypeError,
+        "`zero_bubble\\(devices=2.0\\)`: devices must be an int",
+        (2.0, 4),
+        {},
+    ),
     "virtual": (
         ValueError,
-        "`zero_bubble\\(virtual=0\\)`: at least 1",
+        "`zero_bubble\\(virtual=0\\)`: virtual must be at least 1",
         (2, 4),
         {"virtual": 0},
     ),

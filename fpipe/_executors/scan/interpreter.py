@@ -1,7 +1,12 @@
 """A machine as one program: `lax.scan` over its ticks, inside `jax.shard_map` over the
 mesh axis `"stage"`.
 
-In: a `Machine`, and the arrays of a call. Out: outputs, gradients and states.
+In: a `Machine`, and the arrays of a call. Out: outputs, gradients and states. In each
+phase of a tick a device does this, as its row of the table says:
+
+    feeds         what an operation reads of large inputs comes to this device
+    operations    each runs, or passes its buffers on
+    wires         `ppermute`: what was made goes to the device that reads it
 
 What a device holds from tick to tick is its *carry*, see `carry.py`.
 

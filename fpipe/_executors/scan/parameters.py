@@ -1,8 +1,13 @@
 """Parameters put on the mesh and taken off it again.
 
 In: one pytree for each layer. Out: `Packed`, arrays over the mesh (see `packing.py`),
-and back. `place` runs on each process for the devices that it has; `gather` is one
-program, which the mesh runs together.
+and back. Two layers on two devices:
+
+    place     ({"w": f32[3,3]}, {"w": f32[3,3]})  ->  Packed(0['w']: float32[2,3,3])
+    gather    the same back
+
+`place` runs on each process for the devices that it has. `gather` is one program, which
+the whole mesh runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,11 @@
 """A schedule made for given costs and a memory limit.
 
+In: sizes, `Costs`, and a limit for each device. Out: the best `Schedule` found.
+`zero_bubble(2, 3, memory=2)`:
+
+    0: F0 F1 I0 W0 F2 I1 W1 I2 W2
+    1: F0 I0 F1 I1 W0 F2 I2 W1 W2
+
 After the automatic scheduling of Zero Bubble (Qi et al., arXiv 2401.10241), with a
 memory limit as in Controllable Memory (arXiv 2405.15362). As in the paper, a list
 scheduler with a few parameters is tried over a grid. Three things are different:
@@ -84,9 +90,13 @@ def zero_bubble(
     sizes = {"devices": devices, "microbatches": microbatches, "virtual": virtual}
     for name, value in sizes.items():
         if type(value) is not int:
-            raise TypeError(f"`zero_bubble({name}={shown(value)})`: an int")
+            raise TypeError(
+                f"`zero_bubble({name}={shown(value)})`: {name} must be an int"
+            )
         if value < 1:
-            raise ValueError(f"`zero_bubble({name}={shown(value)})`: at least 1")
+            raise ValueError(
+                f"`zero_bubble({name}={shown(value)})`: {name} must be at least 1"
+            )
     if costs is not None:
         check_type("`zero_bubble(costs=...)`", costs, Costs)
     stage_to_device = _read_placement(devices, placement, virtual)
