@@ -30,22 +30,27 @@ class Docstrings(griffe.Extension):
             text = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
             )
-            obj.docstring.value = hooks.linked(_as_griffe_reads(text), self.names)
+            obj.docstring.value = hooks.linked(_as_griffe_reads(text, obj), self.names)
 
 
-def _as_griffe_reads(text: str) -> str:
+def _as_griffe_reads(text: str, obj: griffe.Object) -> str:
     """What griffe would read in another way than it is meant.
 
     It takes what stands before a colon in `Returns:` as the type. With nothing before
     it, the annotation is the type. And in `Attributes:` it takes all but the first word
-    before a colon as the type, so several names stay one word.
+    before a colon as the type, so several names stay one word, and the type of the
+    first of them is written after it.
     """
     text = re.sub(r"^(Returns:\n +)(?=\S)", r"\1: ", text, flags=re.MULTILINE)
     section = re.search(r"^Attributes:\n(?:(?:    .*)?\n?)*", text, re.MULTILINE)
     if section is None:
         return text
     names = re.compile(r"^    (\w+(?:, \w+)+):", re.MULTILINE)
-    joined = names.sub(
-        lambda found: f"    {found[1].replace(' ', chr(0xA0))}:", section[0]
-    )
-    return text.replace(section[0], joined)
+
+    def joined(found: re.Match[str]) -> str:
+        first = obj.members.get(found[1].split(",")[0])
+        annotation = getattr(first, "annotation", None)
+        kind = f" ({annotation})" if annotation else ""
+        return f"    {found[1].replace(' ', chr(0xA0))}{kind}:"
+
+    return text.replace(section[0], names.sub(joined, section[0]))

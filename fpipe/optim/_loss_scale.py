@@ -29,6 +29,17 @@ def _number(dtype: Any, value: int) -> Any:
         return jax.device_put(dtype(value))
 
 
+# Functions with names: the reference shows what a default is made by.
+
+
+def _first_scale() -> Any:
+    return _number(np.float32, 2**15)
+
+
+def _no_steps() -> Any:
+    return _number(np.int32, 0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale:
@@ -60,8 +71,8 @@ class DynamicLossScale:
         16384.0
     """
 
-    scale: Any = dataclasses.field(default_factory=lambda: _number(np.float32, 2**15))
-    steps: Any = dataclasses.field(default_factory=lambda: _number(np.int32, 0))
+    scale: Any = dataclasses.field(default_factory=_first_scale)
+    steps: Any = dataclasses.field(default_factory=_no_steps)
     period: int = dataclasses.field(default=2000, metadata={"static": True})
     factor: float = dataclasses.field(default=2.0, metadata={"static": True})
 

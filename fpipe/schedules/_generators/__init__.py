@@ -9,7 +9,7 @@ devices, `v` stages on each, `m` microbatches; `F`, `B`, `I` and `W` are the tim
 one microbatch on one device, all its stages together, and `B = I + W`. Idle time is the
 makespan minus the work of a device, with equal stages and free transfers. Peak live
 microbatches are (stage, microbatch) pairs on device `d`, as in `Timeline.peak_live`:
-with `v > 1` they are chunks, each `1/v` of what a device keeps for a whole microbatch.
+with `v > 1` each is `1/v` of what a device keeps for a whole microbatch.
 
 The drawings have one column for an `F`, `I` or `W` of a stage and two for a `B`; `.` is
 idle. Where a device has several stages, the stage stands before the letter, as in

@@ -111,14 +111,15 @@ def interleaved_1f1b(devices: int, microbatches: int, virtual: int = 2) -> Sched
     """1F1B with `v` stages per device, which divides the idle time by `v`.
 
     After Narayanan et al. (arXiv 2104.04473). Stage `c*D + d` is on device `d`.
-    Megatron takes rounds of `D` microbatches through all chunks, and requires that `m`
-    is a multiple of `D`. Here any `m` is cut into `max(1, m//D)` rounds. They are as
-    equal as possible, with the longer ones first; the longest has `r = ceil(m / max(1,
-    m//D))` microbatches. If `D` divides `m`, the order is Megatron's. The
-    formula below holds for any `m`.
+    Megatron takes rounds of `D` microbatches through all stages of a device, and
+    requires that `m` is a multiple of `D`. Here any `m` is cut into `max(1, m//D)`
+    rounds. They are as equal as possible, with the longer ones first; the longest has
+    `r = ceil(m / max(1, m//D))` microbatches. If `D` divides `m`, the order is
+    Megatron's. The formula below holds for any `m`.
 
     The idle time is `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`. The peak is `min(v*m,
-    (v-1)r + 2(D-1-d) + 1)` live chunks. With one stage per device this is eager 1F1B.
+    (v-1)r + 2(D-1-d) + 1)` live (stage, microbatch) pairs. With one stage per device
+    this is eager 1F1B.
     `interleaved_1f1b(2, 4)`:
 
         0: 0F0 0F1 2F0 2F1 0F2 .   2B0---- 0F3 2B1---- 2F2 0B0---- 2F3 0B1---- .
@@ -151,11 +152,11 @@ def interleaved_1f1b(devices: int, microbatches: int, virtual: int = 2) -> Sched
 
 
 def looped_bfs(devices: int, microbatches: int, virtual: int = 2) -> Schedule:
-    """GPipe with `v` stages per device, one chunk after the other (breadth-first).
+    """GPipe with `v` stages per device, one stage after the other (breadth-first).
 
     After Lamy-Poirier (arXiv 2211.05953). Stage `c*D + d` is on device `d`. The idle
-    time is `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`. The peak is `v*m` live chunks on
-    every device. `looped_bfs(2, 2)`:
+    time is `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`. The peak is `v*m` live (stage,
+    microbatch) pairs on every device. `looped_bfs(2, 2)`:
 
         0: 0F0 0F1 2F0 2F1 .   .   .   2B0---- 2B1---- 0B0---- 0B1----
         1: .   1F0 1F1 3F0 3F1 3B0---- 3B1---- 1B0---- 1B1---- .   .
@@ -189,7 +190,7 @@ def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
 
     The idle time is `(D-1)(F+I-min(F, I, W))/v` if `m >= D`. For any `m`, with `v = 1`
     and `W <= min(F, I)`, it is `(D-1)(F+I-W) + max(D-m, 0) W`. The peak is `min(v*m,
-    (v-1)r + D)` live chunks on every device. `zb_h1(3, 4)`:
+    (v-1)r + D)` live (stage, microbatch) pairs on every device. `zb_h1(3, 4)`:
 
         0: F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
         1: .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3

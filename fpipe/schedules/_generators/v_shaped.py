@@ -1,8 +1,9 @@
 """Schedules whose stages go down the devices and up again, in a *V*.
 
-Device `d` holds the stages `d` and `2D-1-d`, its chunks 0 and 1. The loss is on device
-0. All of them split a backward into `I` and `W`. Other devices only wait for `I`, and
-`W` fills the gaps. The words, units and drawings are those of the package.
+Device `d` holds the stages `d` and `2D-1-d`. Here they are its *chunks* 0 and 1, as in
+Megatron; these are no microbatches. The loss is on device 0. All of them split a
+backward into `I` and `W`. Other devices only wait for `I`, and `W` fills the gaps. The
+words, units and drawings are those of the package.
 
     device     0   1   2
     chunk 0    0   1   2
@@ -67,7 +68,7 @@ def zb_v(devices: int, microbatches: int) -> Schedule:
 
     After Qi et al. (arXiv 2401.10241). The idle time is `(D-1)F/2` if `m >= 2D-1` and
     `W <= F = I`. At `F = I = W` it is `max(D-1, 4(D-1) - 2(m-1)) F/2` for every `m`.
-    The peak is `min(2m, m+1+d, 2D)` live chunks. `zb_v(2, 3)`:
+    The peak is `min(2m, m+1+d, 2D)` live (stage, microbatch) pairs. `zb_v(2, 3)`:
 
         0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 0I2 0W2 .
         1: .   1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 1W1 2W2 1W2
@@ -107,8 +108,8 @@ def dualpipe_v(devices: int, microbatches: int) -> Schedule:
     the same time. Here the forward runs first, then the backward. The idle time is
     `(D-1)(F+I-W)/2` if `m >= 2D` and `W <= I <= F <= I+W`. The paper has
     `(D-1)(F+2I-W)/2`, because both actions of a pair end together there; here the
-    forward ends sooner. The peak is `min(2m, m+1+d, 2D+1)` live chunks.
-    `dualpipe_v(2, 4)`:
+    forward ends sooner. The peak is `min(2m, m+1+d, 2D+1)` live (stage, microbatch)
+    pairs. `dualpipe_v(2, 4)`:
 
         0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1---- 3F2 0B0---- 3B2---- 3F3 .   0B1----
         1: .   1F0 2F0 1F1 2F1 1F2 2B0---- 2F2 1B0---- 1F3 2B1---- 2F3 1B1---- 2B2----
@@ -151,8 +152,8 @@ def v_half(devices: int, microbatches: int) -> Schedule:
 
     After Qi et al. (arXiv 2405.15362). At `F = I = W` and `m >= floor((D+2)/2)` the
     idle time is `(D-1)(F+B)/2`; it is `F/2` less if `D` is odd and above 1. The peak is
-    `min(2m, 2 floor((D+2)/2))` live chunks on at least one device, and no more on the
-    others. `v_half(2, 3)`:
+    `min(2m, 2 floor((D+2)/2))` live (stage, microbatch) pairs on at least one device,
+    and no more on the others. `v_half(2, 3)`:
 
         0: 0F0 .   .   3F0 0F1 3I0 3W0 3F1 0F2 0I0 3I1 0W0 3W1 3F2 .   0I1 3I2 0W1 3W2
         1: .   1F0 2F0 .   .   1F1 2F1 2I0 1I0 2W0 1F2 1W0 2F2 2I1 1I1 2W1 1W1 2I2 1I2
@@ -191,8 +192,8 @@ def v_min(devices: int, microbatches: int) -> Schedule:
 
     After Qi et al. (arXiv 2405.15362). At `F = I = W` and `D > 1` the idle time is
     `2(D-1)(F+B)/3 - F/2`; it is `F` more if 3 divides `D` and `m > 1`. The peak is
-    `min(2m, 2 floor((D+4)/3))` live chunks on at least one device, and no more on the
-    others. `v_min(2, 3)`:
+    `min(2m, 2 floor((D+4)/3))` live (stage, microbatch) pairs on at least one device,
+    and no more on the others. `v_min(2, 3)`:
 
         0: 0F0 .   .   3F0 3I0 0F1 3W0 0I0 0W0 3F1 3I1 0F2 3W1 0I1 0W1 3F2 3I2 3W2 .
         1: .   1F0 2F0 .   .   2I0 1I0 1F1 2F1 2W0 1W0 2I1 1I1 1F2 2F2 2W1 1W1 2I2 1I2

@@ -64,7 +64,7 @@ def test_where_backward_follows_forward_always_recomputes_nothing():
 
 
 def test_the_last_microbatch_is_the_last_that_was_made():
-    """5 rows in 4 chunks make 3 microbatches (2, 2, 1): the third keeps its
+    """5 rows with `chunks=4` make 3 microbatches (2, 2, 1): the third keeps its
     residuals.
     """
     hits = []
