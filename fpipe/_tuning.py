@@ -31,7 +31,8 @@ class Candidate(NamedTuple):
     """One combination of options of a pipe, with its prediction.
 
     Attributes:
-        schedule, checkpoint, chunks: as for `Pipe`. A function is given by its name.
+        schedule, checkpoint: as for `Pipe`. A function is given by its name.
+        chunks: the number of microbatches asked for.
         pipe: the `Pipe`, ready to use. `None` if the combination is not possible.
         prediction: the `Prediction` of a training step. `None` if there is none.
         refused: why the combination cannot be used; empty if it can.

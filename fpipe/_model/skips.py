@@ -41,7 +41,11 @@ class Namespace:
 
     @classmethod
     def numbered(cls, number: int) -> "Namespace":
-        """The namespace with a number. All namespaces with that number are equal."""
+        """The namespace with a number. All namespaces with that number are equal.
+
+        Arguments:
+            number: the number, from 0.
+        """
         self = cls()
         self._number = number
         return self

@@ -244,7 +244,12 @@ class Prediction:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The prediction as JSON."""
+        """The prediction as JSON.
+
+        Arguments:
+            indent: the spaces of an indentation, as for `json.dumps`. `None`: one line.
+                Default 2.
+        """
         return json.dumps(self.as_dict(), indent=indent)
 
     def metrics(self) -> dict[str, float]:

@@ -304,13 +304,27 @@ class RowBlocks:
         return jnp.concatenate(self.blocks, self.axis)
 
     def of_whole(self, array: Any) -> "RowBlocks":
-        """A whole array, or its shape, in as many rows as these."""
+        """Cut a whole array into blocks with as many rows as these.
+
+        Arguments:
+            array: an array of the same shape, or its shape.
+
+        Returns:
+            A `RowBlocks`.
+        """
         ends = list(itertools.accumulate(self.counts, initial=0))
         rows = (Rows(0, a, b, self.axis) for a, b in itertools.pairwise(ends))
         return RowBlocks(tuple(part.of(array) for part in rows), self.axis)
 
     def with_blocks(self, blocks: Iterable[Any]) -> "RowBlocks":
-        """Other blocks in the place of these."""
+        """Other blocks in the place of these.
+
+        Arguments:
+            blocks: one entry for each block.
+
+        Returns:
+            A `RowBlocks` with the same axis.
+        """
         return RowBlocks(tuple(blocks), self.axis)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], int]:

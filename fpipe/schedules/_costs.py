@@ -117,7 +117,11 @@ class Costs:
             object.__setattr__(self, field.name, read_numbers(call, each, value))
 
     def of(self, action: Action) -> float:
-        """The time of one action."""
+        """The time of one action.
+
+        Arguments:
+            action: the `Action`.
+        """
         if action.kind == "B" and self.B is None:
             return _of_stage(self.I, action.stage) + _of_stage(self.W, action.stage)
         if action.kind in COPIES:
@@ -127,7 +131,16 @@ class Costs:
         return _of_stage(getattr(self, action.kind), action.stage)
 
     def holds(self, stage: int) -> StageMemory:
-        """The memory that a microbatch holds on a stage."""
+        """The memory that a microbatch holds on a stage.
+
+        Arguments:
+            stage: the stage `s`.
+
+        Returns:
+            A named tuple: `full`, from the start of `F` to the end of `B` or `I`, or to
+            the start of `R`; `weight`, from there to the end of `W`; `recomputed`, from
+            the start of `R` to the end of `B` or `I`.
+        """
         full = self.memory
         weight = full if self.memory_w is None else self.memory_w
         recomputed = full if self.memory_r is None else self.memory_r
@@ -139,6 +152,9 @@ class Costs:
 
     def check(self, stages: int) -> None:
         """Check that costs per stage have one number for each of `stages` stages.
+
+        Arguments:
+            stages: the number of stages.
 
         Raises:
             ValueError: a cost has another number of entries.

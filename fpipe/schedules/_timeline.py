@@ -73,8 +73,9 @@ class Timeline:
             time, an action comes after those that it waits for.
         devices: `D`, the number of devices.
         name: the name in drawings.
-        memory: for each stage, the memory that a microbatch holds from `F` to `B`, `I`
-            or `R`, and from `I` to `W`; or a `StageMemory`. Default: 1 and 1.
+        memory: for each stage two numbers, the memory that a microbatch holds from `F`
+            to `B`, `I` or `R`, and from `I` to `W`; or what `Costs.holds` returns.
+            Default: 1 and 1.
         launches: the launches of the actions by the host, in order. Empty if launches
             take no time, or are not known.
         fused: the actions that ran as one program, group by group, as drawings show
@@ -292,7 +293,9 @@ class Timeline:
         return spans
 
     def bars(self) -> list[Bar]:
-        """One for each event, and one for all events of a program, in order."""
+        """What drawings and traces show as one bar each, in the order of the events: an
+        event, or all events that ran as one program.
+        """
         firsts = {group[0]: group for group in self.fused}
         behind = {action for group in self.fused for action in group[1:]}
         ends = {e.action: e.end for e in self.events} if behind else {}

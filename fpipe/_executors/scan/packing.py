@@ -439,7 +439,11 @@ class Packed:
         return PackedForm(self.packing, self.absent)
 
     def has_gradient(self, entry: Entry) -> bool:
-        """Whether an array has a gradient: not if it is frozen or an integer."""
+        """Whether an array has a gradient: not if it is frozen or an integer.
+
+        Arguments:
+            entry: the number of the layer, and that of the array among the layer's own.
+        """
         row = self.arrays[self.packing.where[entry].row]
         dtype = getattr(row, "dtype", None)
         return entry not in self.absent and dtype != jax.dtypes.float0
