@@ -6,6 +6,7 @@ into.
     skips, skip_routes    skips as a layer sees them, and where they go
     model                 layers in order, and the ends of skips and borrowed leaves
     layer_calls           one layer on one microbatch
+    init                  parameters and states, made layer by layer
     stages                spans of layers as functions from ports to ports
     microbatch, wrappers  how a batch is cut
     joining               what the microbatches return, put together

@@ -1,5 +1,9 @@
 """`fpipe.cut`: the author of a function marks where it is cut.
 
+In: a value of the function. Out: the same value, and a mark in the trace:
+
+    h = fpipe.cut(h, "decoder")     b:f32[2,4] = name[name=fpipe.cut:decoder] a
+
 In the trace a mark is an equation of `jax.ad_checkpoint.checkpoint_name`, with a name
 that begins with `PREFIX`. In every other use of the function a mark is the identity. A
 `jax.checkpoint` policy that saves by names does not know these names.

@@ -2,7 +2,11 @@
 
 In: a `CutGraph`. Out: a document as those of timelines are, with a tooltip on each
 part. From the top: the caption, arcs, boxes, bytes of the boundaries, a line for each
-piece and for each arc without a label, a legend.
+piece and for each arc without a label, a legend. Two pieces with a skip to a third:
+
+      ╭──── 8 B ────╮
+    [ 0 ]──>[ 1 ]──>[ 2 ]
+       1 KiB    1 KiB
 """
 
 import dataclasses

@@ -1,6 +1,11 @@
 """When everything runs: a schedule under given costs becomes a timeline.
 
-In: a `Schedule` and `Costs`. Out: a `Timeline`; `_timeline.py` has an example.
+In: a `Schedule` and `Costs`. Out: a `Timeline`. `simulate(gpipe(2, 1))`, where a
+forward takes 1 and a backward 2:
+
+    Event(0, F(0,0), 0.0, 1.0), Event(1, F(1,0), 1.0, 2.0)
+    Event(1, B(1,0), 2.0, 4.0), Event(0, B(0,0), 4.0, 6.0)
+
 The clock itself is in `_clock.py`.
 """
 

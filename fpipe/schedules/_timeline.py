@@ -297,11 +297,11 @@ class Timeline:
         event, or all events that ran as one program.
         """
         firsts = {group[0]: group for group in self.fused}
-        behind = {action for group in self.fused for action in group[1:]}
-        ends = {e.action: e.end for e in self.events} if behind else {}
+        later = {action for group in self.fused for action in group[1:]}
+        ends = {e.action: e.end for e in self.events} if later else {}
         bars: list[Bar] = []
         for device, action, start, end in self.events:
-            if action in behind:
+            if action in later:
                 continue
             actions = firsts.get(action, (action,))
             bars.append(Bar(device, actions, start, ends.get(actions[-1], end)))

@@ -11,7 +11,7 @@ The way of a call through the modules:
     step               the machine as a function of flat arrays
     interpreter        the machine as a `jax.lax.scan` over its ticks
 
-The interpreter has a module for each part of a tick: `reading`, `computing`, `summing`,
-`carry` and `feeds`. Parameters lie as `packing` says; `parameters` puts them there.
-`memory` and `plan_data` read a machine without running it, and `clock` times it.
+The interpreter has a module for each part of a tick: `reading`, `computing`, `moving`,
+`summing`, `carry` and `feeds`. Parameters lie as `packing` says; `parameters` puts them
+there. `memory` and `plan_data` read a machine without running it, and `clock` times it.
 """

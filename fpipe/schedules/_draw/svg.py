@@ -1,8 +1,13 @@
 """A timeline as SVG, written by hand.
 
-There is no dependency, no script, no style sheet, and no `id` to clash with others. The
-document, from the top: the caption, a row for each device with its boxes and labels, an
-axis of time, a legend.
+In: a schedule or a timeline. Out: a document, from the top: the caption, a row for each
+device with its boxes and labels, an axis of time, a legend. `svg(gpipe(2, 1))` shows
+
+    device 0 [F 0]          [B 0   ]
+    device 1      [F 0][B 0   ]
+             0         2         4
+
+There is no dependency, no script, no style sheet, and no `id` to clash with others.
 """
 
 import dataclasses
