@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import beartype
 import chex
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -33,6 +34,24 @@ AnyArray: TypeAlias = Array | np.ndarray
 
 HANG = 600
 """Seconds that only something that hangs takes, however busy the machine is."""
+
+
+class counted:  # noqa: N801
+    """Counts events of JAX while it is open, such as `"backend_compile"`."""
+
+    def __init__(self, event: str) -> None:
+        self.event, self.count = event, 0
+
+    def __enter__(self) -> "counted":
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self.listen)
+
+    def listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
+        self.count += self.event in event
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

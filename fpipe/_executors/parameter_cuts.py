@@ -66,16 +66,17 @@ def make_cut(
     layer: Layer, call: str, make: Callable[[Any], PyTree], key: Any, place: Placement
 ) -> PyTree | None:
     """Run `make(key)`, which makes the parameters of a layer, so that each device of a
-    mesh makes its own parts: no device ever has all of what is cut.
+    mesh makes its own parts: no device ever has all of what is cut. All processes that
+    have devices of the mesh make this call.
 
     Arguments:
         call: as for `param_shardings`.
 
     Returns:
-        `None` if nothing is cut, if the mesh has devices of other processes, or if
+        `None` if nothing is cut, if this process has no device of the mesh, or if
         `make` needs the numbers of its key and cannot be traced.
     """
-    if place.mesh is None or place.processes != {jax.process_index()}:
+    if place.mesh is None or not place.is_here:
         return None
     try:
         shapes, spec = pack(eval_shape(make, key))

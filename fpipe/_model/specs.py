@@ -11,7 +11,7 @@ order of `jax.tree.leaves`. Of the tree `{"w": {"q": a, "k": b}, "bias": c}`
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,27 @@ def _translated(spec: PartitionSpec, box: Any) -> PartitionSpec:
 def axes_in(part: Any) -> tuple[str, ...]:
     """The axes that an entry of a spec names."""
     return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def spec_without_axis(
+    spec: PartitionSpec, shape: Sequence[int], left: Sequence[int]
+) -> PartitionSpec:
+    """How an array is cut that lacks one axis of another array, as factored moments do
+    (Adafactor). If two axes are equally long, it is not known which one is missing:
+    then it is whole, unless it is cut in one way whichever is.
+
+    Arguments:
+        spec: of the other array.
+        shape: of the other array.
+        left: the shape of the array.
+    """
+    parts = [*spec, *[None] * (len(shape) - len(spec))]
+    found = {
+        without_axes(PartitionSpec(*parts[:n], *parts[n + 1 :]), ())
+        for n in range(len(shape))
+        if (*shape[:n], *shape[n + 1 :]) == tuple(left)
+    }
+    return found.pop() if len(found) == 1 else WHOLE
 
 
 def without_axes(spec: PartitionSpec, axes: Collection[str]) -> PartitionSpec:

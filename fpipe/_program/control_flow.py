@@ -43,6 +43,18 @@ def asks_host(nodes: Iterable[Node]) -> bool:
     )
 
 
+def runs_on_anything(nodes: Iterable[Node]) -> bool:
+    """Whether equations may run on numbers that mean nothing: they end, run the same
+    equations whatever they get, and do nothing but make numbers.
+    """
+    return not any(
+        "callback" in node.name
+        or node.name in ("debug_print", "while", "cond")
+        or not all(runs_on_anything(body.nodes) for body in node.bodies)
+        for node in nodes
+    )
+
+
 def has_own_devices(nodes: Iterable[Node]) -> bool:
     """Whether an equation says what each device does: a `shard_map`, or Python that is
     called.

@@ -21,7 +21,7 @@ from fpipe._core.processes import first_devices, is_here, processes_of
 from fpipe._core.pytrees import PyTree, aval, is_array, nbytes
 from fpipe._executors.placement import Device
 from fpipe._executors.tracers import only_shapes
-from fpipe._model.specs import without_axes
+from fpipe._model.specs import WHOLE, spec_without_axis
 from fpipe.optim._partition import SMALL
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, parameters_of_state
 
@@ -109,23 +109,10 @@ def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
         return None
     if like is not None and like.shape == shape:
         return like.sharding
-    return NamedSharding(home, _spec_without_axis(shape, like))
-
-
-def _spec_without_axis(shape: Sequence[int], like: Any) -> PartitionSpec:
-    """How an array is cut that lacks one axis of another array, as factored moments do
-    (Adafactor). If two axes are equally long, it is not known which one is missing.
-    """
-    sharding = getattr(like, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return PartitionSpec()
-    parts = [*sharding.spec, *[None] * (like.ndim - len(sharding.spec))]
-    found = {
-        without_axes(PartitionSpec(*parts[:n], *parts[n + 1 :]), ())
-        for n in range(like.ndim)
-        if (*like.shape[:n], *like.shape[n + 1 :]) == tuple(shape)
-    }
-    return found.pop() if len(found) == 1 else PartitionSpec()
+    sharding, spec = getattr(like, "sharding", None), WHOLE
+    if isinstance(sharding, NamedSharding):
+        spec = spec_without_axis(sharding.spec, like.shape, shape)
+    return NamedSharding(home, spec)
 
 
 def first_device(devices: Sequence[Home]) -> Home:

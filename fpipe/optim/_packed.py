@@ -41,7 +41,7 @@ from fpipe._executors.scan.storage import from_stored as from_stored
 from fpipe._executors.scan.storage import stored_shape as stored_shape
 from fpipe._executors.stage_places import AXIS as AXIS
 from fpipe._model.function_layers import OwnTree
-from fpipe._model.specs import WHOLE
+from fpipe._model.specs import WHOLE, spec_without_axis
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
 
 _Args = ParamSpec("_Args")
@@ -530,6 +530,8 @@ class StateTemplate:
                 shape, spec = old.shape, old.spec
             elif len(set(own)) == 1:
                 shape = own[0]
+                # Parameters that are cut share a row with those of their shape alone.
+                spec = spec_without_axis(old.spec, old.shape, shape)
             else:
                 shape = (max(int(np.prod(s, dtype=np.int64)) for s in own),)
             yield Row(shape, dtype, entries, spec)

@@ -12,8 +12,14 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 from tests.executors.cut_layers import FULLY_SHARDED, WIDE
 from tests.helpers import assert_same, mse, noise
+from tests.scripts import run
 
 DATA = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "data"))
+
+
+def test_devices_that_share_rows_and_parameters():
+    script = run(["-m", "tests.executors.eight_devices"])
+    assert script.returncode == 0, script.stdout + script.stderr
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])

@@ -256,9 +256,9 @@ def test_the_scan_executor_is_recorded_over_meshes(kind, monkeypatch):
     params = pipe.init(jax.random.key(0), x)
     checked, check = [], _executor.refuse_exchanges
 
-    def noted(text, mesh):
+    def noted(text, mesh, together):
         checked.append(text)
-        check(text, mesh)
+        check(text, mesh, together)
 
     monkeypatch.setattr(_executor, "refuse_exchanges", noted)
     monkeypatch.setattr(

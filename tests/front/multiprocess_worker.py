@@ -39,12 +39,14 @@ class Problem:
 
     Attributes:
         shared: whether each stage has two devices, over which parameters are cut.
+        across: whether these are of two processes.
     """
 
     layers: list[fpipe.Layer]
     balance: dict[int, list[int]]
     schedule: str = "eager_1f1b"
     shared: bool = False
+    across: bool = False
 
     @property
     def case(self) -> Case:
@@ -66,6 +68,7 @@ DIFFERENT = [
 BY_COLUMNS = dataclasses.replace(dense(), spec={"w": P(None, "model"), "b": None})
 PROBLEMS = {
     "shared": Problem([BY_COLUMNS] * 4, {4: [2, 2]}, shared=True),
+    "across": Problem([BY_COLUMNS] * 4, {4: [2, 2]}, shared=True, across=True),
     "uniform": Problem([dense()] * 4, {2: [2, 2], 4: [1, 1, 1, 1]}),
     "different": Problem(DIFFERENT, {2: [4, 4], 4: [2, 2, 2, 2]}),
     "interleaved": Problem([dense()] * 8, {2: [2] * 4, 4: [1] * 8}, "interleaved_1f1b"),
@@ -94,6 +97,7 @@ def solve(name):
     over: dict[str, Any] = {"devices": devices}
     if problem.shared:
         grid = np.array(devices).reshape(-1, 2)
+        grid = grid.T if problem.across else grid
         over = {"mesh": Mesh(grid, ("stage", "model"))}
     pipe = fpipe.Pipe(
         recording(case.layers, made),

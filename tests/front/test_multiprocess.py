@@ -39,7 +39,10 @@ def reference(problem):
 
 @pytest.mark.parametrize(
     ("devices", "names"),
-    [(1, ["uniform", "different", "interleaved"]), (2, ["different", "shared"])],
+    [
+        (1, ["uniform", "different", "interleaved"]),
+        (2, ["different", "shared", "across"]),
+    ],
 )
 def test_two_processes_compute_what_one_does(tmp_path, devices, names):
     with Workers(WORKER, 2, tmp_path, "--devices", str(devices), *names) as workers:

@@ -901,14 +901,15 @@ def test_constants_of_each_leaf_stay_apart():
     assert_same(pipe.gather(updates), update(pipe.gather(params), ())[0])
 
 
-def test_factored_moments_are_cut_as_their_parameters_are():
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_factored_moments_are_cut_as_their_parameters_are(executor):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "model"))
     layer = fpipe.Layer(
         lambda w, x: x + jnp.tanh(x @ w) @ w.T,
         lambda key, x: jax.random.normal(key, (4, 6)),
         spec=PartitionSpec(None, "model"),
     )
-    pipe = fpipe.Pipe([layer] * 2, chunks=2, mesh=mesh)
+    pipe = fpipe.Pipe([layer] * 2, chunks=2, mesh=mesh, executor=executor)
     x = jnp.ones((4, 4))
     params = pipe.init(jax.random.key(0), x)
     plain = optax.adafactor(1e-2, min_dim_size_to_factor=2)
@@ -920,7 +921,11 @@ def test_factored_moments_are_cut_as_their_parameters_are():
     want, _ = plain.update(pipe.gather(grads), plain.init(whole), whole)
     assert_same(pipe.gather(updates), want)
     again = fpipe.optim.place(fpipe.optim.gather(after), params)
+    # Under scan a moment begins with the axis of the stages.
+    stages, rows = ((2,), ("stage",)) if executor == "scan" else ((), ())
     for found in (state, after, again):
-        factored = {a.shape: a.sharding.spec for a in jax.tree.leaves(found) if a.ndim}
-        assert factored[4,] == PartitionSpec()
-        assert factored[6,] == PartitionSpec("model")
+        factored = {a.shape: a for a in jax.tree.leaves(found) if a.ndim}
+        assert factored[*stages, 4].sharding.spec == PartitionSpec(*rows)
+        columns = factored[*stages, 6]
+        assert columns.sharding.spec == PartitionSpec(*rows, "model")
+        assert columns.addressable_shards[0].data.nbytes == 6 * 4 // 2

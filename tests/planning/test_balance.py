@@ -9,7 +9,6 @@ import pickle
 import time
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +25,18 @@ from fpipe._planning.layer_costs import LayerWork
 from fpipe._planning.partition import PartitionTask, Shortage, best_cut
 from fpipe._planning.span_tables import SpanTables, arriving, leaving, summed
 from fpipe.schedules import offload, one_f_one_b, simulate
-from tests.helpers import Case, Clock, add, dense, keep, models, mse, noise, raises
+from tests.helpers import (
+    Case,
+    Clock,
+    add,
+    counted,
+    dense,
+    keep,
+    models,
+    mse,
+    noise,
+    raises,
+)
 
 W = 8
 MIB = 2**20
@@ -349,27 +359,6 @@ def test_a_limit_on_a_device_holds_for_all_its_stages():
 
 
 # --- costs ---
-
-
-def counted(event):
-    """Collect events of JAX while it is open."""
-    return Counting(event)
-
-
-class Counting:
-    def __init__(self, event):
-        self.event, self.count = event, 0
-
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self.listen)
-        return self
-
-    def __exit__(self, *error):
-        jax.monitoring.unregister_event_duration_listener(self.listen)
-
-    def listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        del duration_secs
-        self.count += self.event in event
 
 
 def test_from_shapes_alone_nothing_is_allocated_or_compiled():

@@ -17,12 +17,14 @@ device of the program (jax 0.10.2). What goes from stage to stage is a
 collective-permute too, but every device runs that one.
 
 Equations that move numbers along an axis run so that XLA exchanges nothing, see
-`whole_axes.py`. So little is left that is refused: what a layer sends by itself, and
-arrays that it cuts first along one axis of the mesh and then along another.
+`whole_axes.py`. Where it may exchange something all the same (a layer sends by itself,
+or devices share several axes) all devices run an operation together, if any device is
+to run it: then every one comes by, see `Step.together`. So little is left that is
+refused: exchanges in operations that call Python, or in which numbers decide what runs.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -39,12 +41,13 @@ _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
-def find_exchanges(text: str, mesh: Mesh) -> list[str]:
+def find_exchanges(text: str, mesh: Mesh, together: Collection[str] = ()) -> list[str]:
     """What exchanges parts of arrays between the devices of one stage in a branch of a
     conditional.
 
     Arguments:
         text: of a program that was compiled for the devices of the mesh, in its order.
+        together: the operations that all devices run together, by name.
     """
     along = mesh.axis_names.index(AXIS)
     places = np.indices(mesh.devices.shape)[along].reshape(-1)
@@ -59,23 +62,25 @@ def find_exchanges(text: str, mesh: Mesh) -> list[str]:
             path = re.sub(r".*/branch_\d+_fun/", "", named[1] if named else "?")
             action, *within = path.split("/")
             equation = within[-1] if within else "an equation"
-            found[f"`{equation}` in {action}"] = None
+            if action not in together:
+                found[f"`{equation}` in {action}"] = None
     return list(found)
 
 
-def refuse_exchanges(text: str, mesh: Mesh) -> None:
+def refuse_exchanges(text: str, mesh: Mesh, together: Collection[str] = ()) -> None:
     """Refuse a program that would hang; arguments as for `find_exchanges`.
 
     Raises:
         NotImplementedError: it would.
     """
-    found = find_exchanges(text, mesh)
+    found = find_exchanges(text, mesh, together)
     if found:
         shown = ", ".join(found if len(found) <= 4 else [*found[:4], "…"])
         raise NotImplementedError(
             f'`Pipe(executor="scan", mesh=...)`: {shown}: devices of one stage would '
             'exchange parts of an array. With executor="scan" the devices of a CPU '
-            "would wait for each other for ever. Make the array whole before, by "
+            "would wait for each other for ever, because the layers also call Python, "
+            "or have a `while` or a `cond`. Make the array whole before, by "
             "`jax.lax.with_sharding_constraint(h, jax.sharding.PartitionSpec())`; or "
             'take executor="placed"'
         )

@@ -425,7 +425,8 @@ class Scan:
         """A function of a step, compiled; refused if it would hang."""
         program = getattr(step, name).lower(*arrays).compile()
         if waits_for_all(self.mesh) and name not in step.checked:
-            refuse_exchanges(program.as_text(), self.mesh)
+            together = {op.name for op in step.together}
+            refuse_exchanges(program.as_text(), self.mesh, together)
             step.checked.add(name)
         return program
 
@@ -437,7 +438,7 @@ class Scan:
             # The call finds what is compiled here.
             self._compiled(step, name, *arrays)
             return
-        if step.exchanges_nothing:
+        if step.cannot_hang:
             return
         # Only compiling tells what XLA makes of any layer. In a trace the program will
         # be a part of another one, so it is compiled for this alone; on CPUs, and once.

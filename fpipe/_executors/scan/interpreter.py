@@ -14,6 +14,10 @@ Every operation is a `lax.cond` whose other branch passes its buffers on. XLA th
 updates them in place; a `lax.switch` over several operations would copy every buffer at
 each tick (measured on jax 0.10.2, CPU).
 
+On CPUs some operations run on all devices together, if any device is to run them: those
+that may exchange parts of arrays between the devices of a stage, see `exchanges.py`.
+What the others make of whatever they have in their slots is thrown away.
+
 What a policy offloads leaves an operation on the device, and goes to a slot on the host
 after the operations of the phase, so that no conditional returns anything on the host.
 XLA for GPUs refuses to compile one that does, or copies the whole pool from host to
@@ -99,6 +103,18 @@ from fpipe._program.over_mesh import devices_over
 Array: TypeAlias = jax.Array
 
 
+class Runs(NamedTuple):
+    """Where an operation runs in a phase.
+
+    Attributes:
+        here: whether this device is to run it.
+        anywhere: whether any device is.
+    """
+
+    here: Array
+    anywhere: Array
+
+
 class SegmentResult(NamedTuple):
     """What a segment gives.
 
@@ -126,6 +142,7 @@ class Interpreter:
         data: the axes of the mesh over which rows are shared.
         unshard: how often parameters are gathered that are cut over these.
         clock: who is told when each operation starts and ends.
+        together: the operations that all devices run if any of them does.
     """
 
     def __init__(
@@ -136,8 +153,10 @@ class Interpreter:
         data: tuple[str, ...],
         unshard: Unshard,
         clock: Clock | None,
+        together: frozenset[Op] = frozenset(),
     ) -> None:
         self.machine = machine
+        self.together = together
         self.segment = machine.segments[number]
         self.last = number == len(machine.segments) - 1
         self.mesh = mesh
@@ -172,7 +191,7 @@ class Interpreter:
             self.failures = Failures(count) if self.alone else Logged()
         self.reader = Reader(machine, mesh, data, self.storage)
         self.computer = Computer(self.sums, self.failures)
-        self.mover = Mover(machine, self.storage, self.alone)
+        self.mover = Mover(machine, self.storage, self.alone, bool(together))
 
     # --- outside the mesh ---
 
@@ -305,18 +324,22 @@ class Interpreter:
         start = self._start(state, inputs, left)
         # `lax.scan` carries a list: a dictionary would have to have sortable keys.
         names = list(start)
+        # What runs anywhere is the same on all devices.
+        most = jnp.asarray(self.segment.table.max(0)) if self.together else table
 
-        def tick(values: list[Any], now: tuple[Array, Array]) -> tuple[list[Any], None]:
+        def tick(
+            values: list[Any], now: tuple[Array, Array, Array]
+        ) -> tuple[list[Any], None]:
             # Feeds fill `fed` anew in each phase: what they brought is read at once.
-            number, row = now
+            number, row, most = now
             carry = dict(zip(names, values, strict=True))
             for p in range(len(self.segment.phases)):
                 given = Given(params, loans, inputs, {})
-                self._run_phase(p, number, row, carry, given)
+                self._run_phase(p, number, row, most, carry, given)
             return [carry[name] for name in names], None
 
         values, _ = jax.lax.scan(
-            tick, list(start.values()), (jnp.arange(table.shape[0]), table)
+            tick, list(start.values()), (jnp.arange(table.shape[0]), table, most)
         )
         if self.clock is not None:
             # What is returned needs the last call of the clock too, or XLA might drop
@@ -406,12 +429,19 @@ class Interpreter:
         return carry
 
     def _run_phase(
-        self, p: int, tick: Array, row: Array, carry: Carry, given: Given
+        self,
+        p: int,
+        tick: Array,
+        row: Array,
+        most: Array,
+        carry: Carry,
+        given: Given,
     ) -> None:
         """One phase of a tick: feeds move, operations run, wires carry.
 
         Arguments:
             row: of the table, for all phases of the tick.
+            most: of each number in such a row the largest that any device has.
         """
         # Feeds before operations: what is read now has to be here. Wires after them:
         # what an action sends is there in the next phase, as `ticks.py` counts on.
@@ -425,7 +455,7 @@ class Interpreter:
             carry[name] = self.mover.nothing_staged(name.pool)
         for entry in phase.ops:
             own = row[p]
-            runs = own[entry.runs] > 0
+            runs = Runs(own[entry.runs] > 0, most[p, entry.runs] > 0)
             if self.clock is None:
                 self._operate(entry, carry, own, given, runs)
             else:
@@ -444,7 +474,7 @@ class Interpreter:
         carry: Carry,
         row: Array,
         given: Given,
-        runs: Array,
+        runs: Runs,
         when: tuple[Array, int],
     ) -> None:
         """An operation between two calls of the clock: one when what it reads is there,
@@ -464,39 +494,50 @@ class Interpreter:
         # A slot of a pool will do.
         reads = [a[:1] for pool in pools for a in carry[pool]]
         reads += [as_stored(a) for a in given.fed.values()]
-        token = clock.stamp(runs, where, 0, carry[ClockToken()], reads, self.shared)
-        self._operate(entry, carry, row, given, runs & (token >= 0))
+        here = runs.here
+        token = clock.stamp(here, where, 0, carry[ClockToken()], reads, self.shared)
+        told = token >= 0
+        self._operate(entry, carry, row, given, Runs(here & told, runs.anywhere & told))
         # One array that it writes is enough: a conditional ends as a whole.
         written = [carry[target.buffer] for target in op.targets]
         written += [carry[staged] for staged in staged_by(op)]
         made = jax.tree.leaves(written)[:1]
-        carry[ClockToken()] = clock.stamp(runs, where, 1, token, made, self.shared)
+        carry[ClockToken()] = clock.stamp(here, where, 1, token, made, self.shared)
 
     def _operate(
-        self, entry: TableOp, carry: Carry, row: Array, given: Given, runs: Array
+        self, entry: TableOp, carry: Carry, row: Array, given: Given, runs: Runs
     ) -> None:
-        """An operation, where it `runs`."""
+        """An operation, where it `runs`, or on all devices together."""
         op = entry.op
         # The conditional carries what the operation changes, and nothing else: XLA
         # updates that in place, and would copy what only passes through.
         changed: set[Buffer] = {target.buffer for target in op.targets}
         changed.update(staged_by(op))
         names = [name for name in carry if name in changed]
-        runs &= after_reads(names, carry) == 0
-        zero = carry[Turn()]
+        is_joint, turn = op in self.together, carry[Turn()]
+        asked = runs.anywhere if is_joint else runs.here
+        waits = after_reads(names, carry)
+        if self.together:
+            # All devices exchange parts of arrays in one order, see `moving.py`.
+            waits += turn
 
         def run(arrays: list[Any]) -> tuple[list[Any], Array]:
             own = carry | dict(zip(names, arrays, strict=True))
             with jax.named_scope(op.name):
                 self._apply(op, own, row[entry.arguments :], given)
-            return [own[name] for name in names], jnp.int32(0)
+                made = [own[name] for name in names]
+                if is_joint:
+                    made = _chosen(runs.here, made, arrays)
+            return made, jnp.int32(0)
 
         new, read = jax.lax.cond(
-            runs,
+            asked & (waits == 0),
             run,
-            lambda arrays: (arrays, zero),
+            lambda arrays: (arrays, turn),
             [carry[name] for name in names],
         )
+        if self.together:
+            carry[Turn()] = read
         carry.update(zip(names, new, strict=True))
         for pool in dict.fromkeys(s.pool for s in op.sources if isinstance(s, Held)):
             if pool not in changed:
@@ -559,6 +600,19 @@ class Interpreter:
                     place = beginning(part, arguments[0])
                     state = jax.lax.dynamic_update_slice(state, value, place)
                     carry[buffer] = unsharded(row.put(state), self.mesh)
+
+
+def _chosen(condition: Array, new: list[Any], old: list[Any]) -> list[Any]:
+    """The new buffers where a condition holds, and else the old ones."""
+
+    def choose(a: Array, b: Array) -> Array:
+        # XLA may cut the two in other ways. In the branch of a conditional that not all
+        # devices take it must not exchange anything, and of these scales it cuts none.
+        if jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            return jax.lax.cond(condition, lambda a, _: a, lambda _, b: b, a, b)
+        return jnp.where(condition, a, b)
+
+    return jax.tree.map(choose, new, old)
 
 
 def _where(condition: Array, values: list[Any]) -> list[Any]:

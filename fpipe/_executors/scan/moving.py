@@ -53,12 +53,19 @@ class Mover:
     Arguments:
         storage: of each pool.
         alone: whether the mesh has only the axis of stages.
+        in_turn: whether collectives in operations wait for all devices too, so that
+            wires have to take their turn with them.
     """
 
     def __init__(
-        self, machine: Machine, storage: Mapping[PoolName, Storage], alone: bool
+        self,
+        machine: Machine,
+        storage: Mapping[PoolName, Storage],
+        alone: bool,
+        in_turn: bool,
     ) -> None:
         self.machine = machine
+        self.in_turn = in_turn
         self.storage = storage
         self.alone = alone
 
@@ -109,7 +116,7 @@ class Mover:
 
         # Without a conditional XLA may run the transfer beside the next phase. Where
         # nothing was sent, junk goes to a slot that nobody reads.
-        if wire.always:
+        if wire.always and not self.in_turn:
             slot = slot + read
             (carry[entry.wire],) = move(carry[entry.wire])
         else:

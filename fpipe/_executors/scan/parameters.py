@@ -190,8 +190,15 @@ class Parameters:
         lie = self.shardings(packing)
         leaves = [pack(own)[0] for own in params]
         if self.mesh.is_multi_process:
-            # All processes come by here. On the host there is room for all layers.
-            leaves = [list(map(host_copy, own)) for own in leaves]
+            # All processes come by here. On the host there is room for all layers. But
+            # what lies as it is to lie was made in parts, and stays in parts.
+            leaves = [
+                [
+                    a if self._lies_there(a, packing, (k, n)) else host_copy(a)
+                    for n, a in enumerate(own)
+                ]
+                for k, own in enumerate(leaves)
+            ]
         for place, devices in enumerate(self._columns):
             # Each process makes the blocks of its own devices. It may have arrays for
             # their layers alone: of the others `make` returns shapes.
@@ -217,6 +224,14 @@ class Parameters:
                 else jax.make_array_from_single_device_arrays(shape, sharding, shard)
             )
         return Packed(tuple(arrays), packing)
+
+    def _lies_there(self, array: Any, packing: Packing, entry: Entry) -> bool:
+        """Whether an array is cut over the devices of its place as its row is."""
+        place = self.places[packing.where[entry].device]
+        spec = packing.specs.get(entry)
+        if spec is None or place.mesh is None or not isinstance(array, jax.Array):
+            return False
+        return array.sharding == place.cut_by(spec)
 
     def _parts(
         self, row: Row, array: Any, devices: Sequence[Any], sharding: NamedSharding
@@ -378,11 +393,13 @@ def _part(array: Any, index: tuple[slice, ...], device: Any) -> Any:
     """A device's part of an array: the one that it has already, or a piece that is made
     where the array is.
     """
-    if is_explicit(array) or not getattr(array, "is_fully_addressable", True):
+    if is_explicit(array):
         return on_device(array, device)[index]
     for own in getattr(array, "addressable_shards", ()):
         if own.device == device and own.index == index:
             return own.data
+    if not getattr(array, "is_fully_addressable", True):
+        return on_device(array, device)[index]
     return on_device(array[index], device)
 
 

@@ -39,10 +39,11 @@ from fpipe._executors.scan.machine import (
     InputGradient,
     InputStack,
     Machine,
+    Op,
     OutputBuffer,
     RowGradient,
 )
-from fpipe._executors.scan.mesh import by_stage
+from fpipe._executors.scan.mesh import by_stage, waits_for_all
 from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.reading import GivenInputs
 from fpipe._executors.scan.storage import is_key
@@ -61,6 +62,7 @@ from fpipe._model.microbatch import Ready, Rows, Whole
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 from fpipe._model.state import stacked_state, unstacked_state
+from fpipe._program.control_flow import runs_on_anything
 from fpipe._program.over_mesh import devices_over
 from fpipe._program.whole_axes import exchanges_nothing
 
@@ -116,17 +118,44 @@ class Step:
         They share one axis, every equation is known, and bundles of several kinds do
         not lie side by side in an array, where XLA may cut these in other places.
         """
-        codes = [
-            entry.op.code
-            for segment in self.machine.segments
-            for phase in segment.phases
-            for entry in phase.ops
-            if entry.op.code is not None
-        ]
         return (
             len(self.mesh.axis_names) == 2
             and all(len({*pool.avals}) == 1 for pool in self.machine.pools.values())
-            and all(exchanges_nothing(code.nodes) for code in codes)
+            and all(
+                op.code is None or exchanges_nothing(op.code.nodes)
+                for op in self._operations
+            )
+        )
+
+    @property
+    def _operations(self) -> list[Op]:
+        return [
+            entry.op
+            for segment in self.machine.segments
+            for phase in segment.phases
+            for entry in phase.ops
+        ]
+
+    @cached_property
+    def together(self) -> frozenset[Op]:
+        """The operations that all devices run if any of them does: those that may
+        exchange parts of arrays where such an exchange waits for all devices.
+        """
+        if not waits_for_all(self.mesh) or self.exchanges_nothing:
+            return frozenset()
+        return frozenset(
+            op
+            for op in self._operations
+            if op.code is None or runs_on_anything(op.code.nodes)
+        )
+
+    @cached_property
+    def cannot_hang(self) -> bool:
+        """Whether that is known before XLA compiles it."""
+        return (
+            not waits_for_all(self.mesh)
+            or self.exchanges_nothing
+            or self.together.issuperset(self._operations)
         )
 
     @property
@@ -268,7 +297,13 @@ class Step:
             trees = self.state_given.unpack(state)
             rows = list(packing.pack([stacked_state(tree) for tree in trees]))
         run = Interpreter(
-            self.machine, segment, self.mesh, self.data, self.unshard, self.clock
+            self.machine,
+            segment,
+            self.mesh,
+            self.data,
+            self.unshard,
+            self.clock,
+            self.together,
         )
         return run(params, rows, inputs, left)
 

@@ -38,7 +38,6 @@ from tests.helpers import (
     noise,
     raises,
 )
-from tests.scripts import run
 
 DEVICES = np.array(jax.devices())
 DATA = Mesh(DEVICES.reshape(2, 2), ("stage", "data"))
@@ -193,11 +192,6 @@ def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
     plans = placed_executor(pipe)._plans.values()
     step(params, x, x)
     assert len(placed_executor(pipe)._plans.values()) == len(plans)
-
-
-def test_blocks_that_share_rows_and_parameters_gather_nothing():
-    script = run(["-m", "tests.executors.placed.eight_devices"])
-    assert script.returncode == 0, script.stdout + script.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tests.executors.cut_layers import (
     gpt_block,
     multiplied,
 )
+from tests.executors.helpers import scan_executor
 from tests.executors.scan.test_scan import collectives, loop_body, text_of
 from tests.helpers import assert_same, dense, mse, noise, raises
 
@@ -363,6 +364,8 @@ def test_devices_of_a_stage_exchange_nothing():
 
 def sent_on(w, x):
     """What a layer sends by itself from one device of its stage to another."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.roll(x @ w, WIDE // 2, axis=1)
     send = jax.shard_map(
         lambda own: jax.lax.ppermute(own, "model", [(0, 1), (1, 0)]),
         in_specs=P(None, "model"),
@@ -372,9 +375,27 @@ def sent_on(w, x):
     return send(x @ w)
 
 
-def test_a_layer_that_exchanges_is_refused():
-    x = noise(jax.random.key(1), (4, WIDE))
+@pytest.mark.parametrize("schedule", ["eager_1f1b", "gpipe"])
+def test_a_layer_may_send_to_another_device_of_its_stage(schedule):
+    """Stages that differ, so that at one tick each runs something else."""
     layer = fpipe.Layer(sent_on, square().init, name="sent", spec=COLUMNS)
+    layers, x = [layer, square()], noise(jax.random.key(1), (5, WIDE))
+    pipe = fpipe.Pipe(layers, chunks=3, mesh=MODEL, executor="scan", schedule=schedule)
+    _, text = step_of(pipe, x)
+    # In operations that all devices run together.
+    sent = {"`ppermute` in stage0 F", "`ppermute` in stage0 B"}
+    assert {*find_exchanges(text, MODEL)} == sent
+    together = {op.name for op in scan_executor(pipe)._steps.values()[-1].together}
+    assert find_exchanges(text, MODEL, together) == []
+
+
+def test_a_layer_that_exchanges_and_calls_python_is_refused():
+    def told(w, x):
+        jax.debug.callback(lambda total: None, x.sum())
+        return sent_on(w, x)
+
+    x = noise(jax.random.key(1), (4, WIDE))
+    layer = fpipe.Layer(told, square().init, name="told", spec=COLUMNS)
     pipe = fpipe.Pipe([layer] * 2, chunks=2, mesh=MODEL, executor="scan")
     params = pipe.init(jax.random.key(0), x)
     for evaluate in (pipe.evaluate(mse), jax.jit(pipe.evaluate(mse))):
@@ -382,8 +403,9 @@ def test_a_layer_that_exchanges_is_refused():
             NotImplementedError,
             '`Pipe(executor="scan", mesh=...)`: `ppermute` in stage0-1 F: devices of '
             "one stage would exchange parts of an array. With "
-            'executor="scan" the devices of a CPU would wait for each other for ever. '
-            "Make the array whole before, by `jax.lax.with_sharding_constraint(h, "
+            'executor="scan" the devices of a CPU would wait for each other for ever, '
+            "because the layers also call Python, or have a `while` or a `cond`. Make "
+            "the array whole before, by `jax.lax.with_sharding_constraint(h, "
             'jax.sharding.PartitionSpec())`; or take executor="placed"',
         ):
             evaluate(params, x, x)
