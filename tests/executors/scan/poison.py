@@ -23,11 +23,11 @@ def poison(monkeypatch):
 
     run_phase = interpreter.Interpreter._run_phase
 
-    def poisoned_phase(self, p, tick, row, carry, given):
+    def poisoned_phase(self, p, tick, row, most, carry, given):
         for name, arrays in carry.items():
             if isinstance(name, Outbox):
                 carry[name] = [nan(a.shape, a.dtype) for a in arrays]
-        run_phase(self, p, tick, row, carry, given)
+        run_phase(self, p, tick, row, most, carry, given)
 
     for module in (interpreter, moving):
         monkeypatch.setattr(module, "empty", nan)
