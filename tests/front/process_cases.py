@@ -414,7 +414,21 @@ def over_meshes(devices):
         updates, state = tx.update(grads, tx.init(params), params)
     norm = fpipe.optim.global_norm(grads)
     moments = fpipe.optim.gather(state)
-    return [*found, last], norm, pipe.gather(updates), moments
+    return [*found, last], norm, pipe.gather(updates), moments, made_cut(both)
+
+
+def made_cut(places):
+    """Parameters that are cut over two processes: neither makes all of one."""
+
+    def init(key, x):
+        assert isinstance(key, jax.core.Tracer)
+        return dense().init(key, x)
+
+    layer = dataclasses.replace(
+        dense(), init=init, spec={"w": P(None, "data"), "b": None}
+    )
+    pipe = fpipe.Pipe([layer] * 2, devices=places, chunks=2)
+    return pipe.gather(pipe.init(jax.random.key(0), PLAIN.x))
 
 
 def over_meshes_reference():
@@ -422,7 +436,9 @@ def over_meshes_reference():
     tx, params = optimizer(), CASE.params()
     with jax.numpy_dtype_promotion("standard"):
         updates, moments = jax.jit(tx.update)(grads, tx.init(params), params)
-    return [[loss, state, grads]] * 3, optax.tree.norm(grads), updates, moments
+    made = fpipe.sequential([dense()] * 2).init(jax.random.key(0), PLAIN.x)
+    norm = optax.tree.norm(grads)
+    return [[loss, state, grads]] * 3, norm, updates, moments, made
 
 
 def over_pairs(devices):
