@@ -110,7 +110,7 @@ def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
     if like is not None and like.shape == shape:
         return like.sharding
     sharding, spec = getattr(like, "sharding", None), WHOLE
-    if isinstance(sharding, NamedSharding):
+    if like is not None and isinstance(sharding, NamedSharding):
         spec = spec_without_axis(sharding.spec, like.shape, shape)
     return NamedSharding(home, spec)
 

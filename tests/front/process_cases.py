@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -421,11 +422,13 @@ def made_cut(places):
     """Parameters that are cut over two processes: neither makes all of one."""
 
     def init(key, x):
-        assert isinstance(key, jax.core.Tracer)
-        return dense().init(key, x)
+        assert isinstance(key, Tracer)
+        assert plain.init is not None
+        return plain.init(key, x)
 
+    plain = dense()
     layer = dataclasses.replace(
-        dense(), init=init, spec={"w": P(None, "data"), "b": None}
+        plain, init=init, spec={"w": P(None, "data"), "b": None}
     )
     pipe = fpipe.Pipe([layer] * 2, devices=places, chunks=2)
     return pipe.gather(pipe.init(jax.random.key(0), PLAIN.x))
