@@ -62,8 +62,16 @@ class Embed(nn.Module):
         return self.table.attend(x)
 
 
+KERNEL, BIAS = nn.initializers.lecun_normal(), nn.initializers.zeros
+
+
 class Block(nn.Module):
-    """Causal attention and a perceptron, each beside a residual."""
+    """Causal attention and a perceptron, each beside a residual.
+
+    The first matrix of a pair is cut by columns, the second one by rows (Shoeybi et
+    al., arXiv 1909.08053). So devices share the heads of attention. A parameter whose
+    initializer names no axis is whole on each device.
+    """
 
     heads: int
     rate: float
@@ -73,9 +81,23 @@ class Block(nn.Module):
         drop = nn.Dropout(self.rate, deterministic=not train)
         mask = nn.make_causal_mask(x[:, :, 0])
         y = nn.LayerNorm()(x)
-        x = x + drop(nn.MultiHeadDotProductAttention(self.heads)(y, y, mask=mask))
-        y = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
-        return x + drop(nn.Dense(x.shape[-1])(y))
+        attention = nn.MultiHeadDotProductAttention(
+            self.heads,
+            kernel_init=nn.with_partitioning(KERNEL, (None, "model", None)),
+            bias_init=nn.with_partitioning(BIAS, ("model", None)),
+            out_kernel_init=nn.with_partitioning(KERNEL, ("model", None, None)),
+            out_bias_init=BIAS,
+        )
+        up = nn.Dense(
+            4 * x.shape[-1],
+            kernel_init=nn.with_partitioning(KERNEL, (None, "model")),
+            bias_init=nn.with_partitioning(BIAS, ("model",)),
+        )
+        down_init = nn.with_partitioning(KERNEL, ("model", None))
+        down = nn.Dense(x.shape[-1], kernel_init=down_init)
+        x = x + drop(attention(y, y, mask=mask))
+        y = nn.gelu(up(nn.LayerNorm()(x)))
+        return x + drop(down(y))
 
 
 class GPT(nn.Module):
@@ -100,14 +122,26 @@ def model_of(args: argparse.Namespace) -> GPT:
     return GPT(args.blocks, args.width, args.heads, args.context, args.dropout)
 
 
-def init_of(args: argparse.Namespace) -> Callable[..., Any]:
-    """The function that makes the parameters."""
+def annotated_init_of(args: argparse.Namespace) -> Callable[..., Any]:
+    """The function that makes the parameters, with the axes that each is cut over."""
 
     def init(key):
         tokens = jnp.zeros((1, args.context), jnp.int32)
         return model_of(args).init(key, tokens)["params"]
 
     return init
+
+
+def init_of(args: argparse.Namespace) -> Callable[..., Any]:
+    """The function that makes the parameters."""
+    # Without annotations a checkpoint has the names that any other GPT has.
+    return lambda key: nn.unbox(annotated_init_of(args)(key))
+
+
+def specs_of(args: argparse.Namespace) -> Any:
+    """How each parameter lies over the axis `"model"`."""
+    annotated = jax.eval_shape(annotated_init_of(args), jax.random.key(0))
+    return nn.get_partition_spec(annotated)
 
 
 def loss_of(args: argparse.Namespace) -> Callable[..., Any]:
@@ -123,35 +157,6 @@ def loss_of(args: argparse.Namespace) -> Callable[..., Any]:
         return losses(scores, targets).mean()
 
     return loss_fn
-
-
-# The first matrix of a pair is cut by columns, the second one by rows (Shoeybi et al.,
-# arXiv 1909.08053). So devices share the heads of attention. A parameter that is not
-# named here is whole on each device.
-COLUMNS, ROWS = PartitionSpec(None, "model"), PartitionSpec("model")
-SPECS = {
-    "query/kernel": COLUMNS,
-    "key/kernel": COLUMNS,
-    "value/kernel": COLUMNS,
-    "query/bias": ROWS,
-    "key/bias": ROWS,
-    "value/bias": ROWS,
-    "out/kernel": ROWS,
-    "Dense_0/kernel": COLUMNS,
-    "Dense_0/bias": ROWS,
-    "Dense_1/kernel": ROWS,
-}
-
-
-def specs_of(params: Any) -> Any:
-    """How each parameter lies over the axis `"model"`."""
-
-    def spec(path, array):
-        del array
-        name = jax.tree_util.keystr(path[-2:], simple=True, separator="/")
-        return SPECS.get(name, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 # --- the data -------------------------------------------------------------------------
@@ -295,14 +300,13 @@ def build(args: argparse.Namespace) -> fpipe.ValueAndGrad:
             f"--stages {args.stages}: a multiple of the {len(devices)} devices is "
             "needed"
         )
-    params = jax.eval_shape(init_of(args), jax.random.key(0))
     # On fewer devices than stages each has several of them.
     several = mesh is None and args.stages > len(devices)
     return fpipe.value_and_grad(
         loss_of(args),
         devices=devices if mesh is None else None,
         mesh=mesh,
-        specs=None if mesh is None else specs_of(params),
+        specs=None if mesh is None else specs_of(args),
         stages=args.stages,
         balance=[1] * args.stages,
         chunks=args.chunks,

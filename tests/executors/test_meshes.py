@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 from tests.executors.cut_layers import FULLY_SHARDED, WIDE
-from tests.helpers import assert_same, mse, noise
+from tests.helpers import assert_same, dense, mse, noise
 from tests.scripts import run
 
 DATA = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "data"))
@@ -41,3 +41,19 @@ def test_half_precision_with_frozen_parameters(executor):
     cut = {P("data"), P(None, "data")}
     along_stages = {P("stage", *spec) for spec in cut}
     assert cut <= specs or along_stages <= specs
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_deferred_batch_norm_of_rows_that_devices_share(executor):
+    """Its statistics are those of all rows of all microbatches."""
+    norm = fpipe.DeferredBatchNorm()
+    layers = [norm, dense(WIDE), norm]
+    x = noise(jax.random.key(1), (8, WIDE))
+    pipe = fpipe.Pipe(layers, [2, 1], chunks=2, mesh=DATA, executor=executor)
+    plain = fpipe.sequential(layers, chunks=2)
+    params, state = plain.init(jax.random.key(0), x), plain.init_state(x)
+    step = pipe.value_and_grad(mse)
+    needs = {"state": state, "train": True}
+    (loss, after), grads = step(pipe.place(params), x, x, **needs)
+    got = (loss, pipe.gather_state(after)), pipe.gather(grads)
+    assert_same(got, plain.value_and_grad(mse)(params, x, x, **needs))
