@@ -81,20 +81,19 @@ class Block(nn.Module):
         drop = nn.Dropout(self.rate, deterministic=not train)
         mask = nn.make_causal_mask(x[:, :, 0])
         y = nn.LayerNorm()(x)
+        columns = nn.with_partitioning(KERNEL, (None, "model"))
+        rows = nn.with_partitioning(KERNEL, ("model", None))
+        bias = nn.with_partitioning(BIAS, ("model",))
+        # Flax makes the kernels of attention as matrices: all heads side by side.
         attention = nn.MultiHeadDotProductAttention(
             self.heads,
-            kernel_init=nn.with_partitioning(KERNEL, (None, "model", None)),
-            bias_init=nn.with_partitioning(BIAS, ("model", None)),
-            out_kernel_init=nn.with_partitioning(KERNEL, ("model", None, None)),
+            kernel_init=columns,
+            bias_init=bias,
+            out_kernel_init=rows,
             out_bias_init=BIAS,
         )
-        up = nn.Dense(
-            4 * x.shape[-1],
-            kernel_init=nn.with_partitioning(KERNEL, (None, "model")),
-            bias_init=nn.with_partitioning(BIAS, ("model",)),
-        )
-        down_init = nn.with_partitioning(KERNEL, ("model", None))
-        down = nn.Dense(x.shape[-1], kernel_init=down_init)
+        up = nn.Dense(4 * x.shape[-1], kernel_init=columns, bias_init=bias)
+        down = nn.Dense(x.shape[-1], kernel_init=rows)
         x = x + drop(attention(y, y, mask=mask))
         y = nn.gelu(up(nn.LayerNorm()(x)))
         return x + drop(down(y))

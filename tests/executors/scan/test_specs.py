@@ -389,13 +389,27 @@ def test_a_layer_may_send_to_another_device_of_its_stage(schedule):
     assert find_exchanges(text, MODEL, together) == []
 
 
-def test_a_layer_that_exchanges_and_calls_python_is_refused():
-    def told(w, x):
-        jax.debug.callback(lambda total: None, x.sum())
-        return sent_on(w, x)
+def told(x):
+    jax.debug.callback(lambda total: None, x.sum())
+    return x
+
+
+# What other devices cannot run along, on numbers that mean nothing.
+@pytest.mark.parametrize(
+    "before",
+    [
+        told,
+        lambda x: jax.lax.while_loop(lambda h: h.max() > 1, lambda h: h / 2, x),
+        lambda x: jax.lax.cond(x.sum() > 0, jnp.negative, jnp.tanh, x),
+    ],
+    ids=["callback", "while", "cond"],
+)
+def test_a_layer_that_exchanges_is_refused_where_others_cannot_run_it(before):
+    def exchanging(w, x):
+        return sent_on(w, before(x))
 
     x = noise(jax.random.key(1), (4, WIDE))
-    layer = fpipe.Layer(told, square().init, name="told", spec=COLUMNS)
+    layer = fpipe.Layer(exchanging, square().init, name="sent", spec=COLUMNS)
     pipe = fpipe.Pipe([layer] * 2, chunks=2, mesh=MODEL, executor="scan")
     params = pipe.init(jax.random.key(0), x)
     for evaluate in (pipe.evaluate(mse), jax.jit(pipe.evaluate(mse))):
