@@ -43,7 +43,7 @@ from fpipe._executors.placement import as_placements
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.stage_places import stage_places
-from fpipe._measured_steps import Failed, StepTime, measured_steps
+from fpipe._measured_steps import Failed, measured_steps
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.function_layers import (
@@ -69,7 +69,7 @@ from fpipe._planning.predict import KnownLayers, mean_square
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
 from fpipe._planning.text import option_name, size
-from fpipe._tuning import Candidate, Tuning, predicted_order
+from fpipe._tuning import Candidate, Tuning, as_list, predicted_order
 
 # The defaults of `schedules` and `checkpoints`.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
@@ -177,7 +177,8 @@ def tune(
 
     Raises:
         TypeError, ValueError: there is nothing to try, or an argument is wrong.
-        RuntimeError: all candidates failed that were to be measured.
+        RuntimeError: all candidates failed that were to be measured; the message has
+            the first line of each error.
 
     Example:
         >>> make = lambda key, x: jnp.eye(3)
@@ -244,11 +245,23 @@ def tune(
     tried, source = _search(layers, request, devices, wanted, values, options)
     if not tried:
         raise ValueError(
-            "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need "
-            "an entry each"
+            "`fpipe.tune(...)`: nothing to try: schedules, checkpoints, chunks, "
+            "recomputes and offloads need an entry each"
         )
     given = params if isinstance(params, Packed) else source.step.args.params
-    times = _measured(_steps_of(tried[:measure], source), given)
+    # Those that fit are the first ones.
+    fitting = [c for c in tried[:measure] if not c.refused]
+    times = measured_steps(_steps_of(fitting, source), given)
+    failed = [
+        f"{c.options}: {time.error}"
+        for c, time in zip(fitting, times, strict=True)
+        if isinstance(time, Failed)
+    ]
+    if failed and len(failed) == len(times):
+        raise RuntimeError(
+            f"`fpipe.tune(measure=...)`: all {len(failed)} candidates failed that were "
+            f"to be measured:{as_list(failed)}"
+        )
     return Tuning.of(tried, wanted.unit, times)
 
 
@@ -302,8 +315,9 @@ def _search(
     if chunks is None:
         chunks = _divisors(request.args, len(devices))
     if schedules is SCHEDULES:
-        # One that was named and does not go is told; of the others nobody asked.
-        schedules = [name for name in SCHEDULES if source.has_layers_for(name)]
+        # One that was named and does not go is told; of the others nobody asked. If
+        # none goes, all are told.
+        schedules = [n for n in SCHEDULES if source.has_layers_for(n)] or SCHEDULES
     # By number of microbatches first, because each number needs new traces of layers.
     every = itertools.product(
         _several(chunks), _several(values.checkpoints), _several(schedules)
@@ -322,27 +336,9 @@ def _search(
 def _steps_of(
     candidates: Sequence[Candidate], source: "_Source"
 ) -> list[tuple[Pipe, StepRequest]]:
-    """The steps to measure: those of candidates that fit, which are the first ones."""
-    pipes = [c.pipe for c in candidates if c.pipe is not None and not c.refused]
+    """The steps of candidates that are not refused."""
+    pipes = [c.pipe for c in candidates if c.pipe is not None]
     return [(pipe, source.step_of(pipe)) for pipe in pipes]
-
-
-def _measured(
-    steps: Sequence[tuple[Pipe, StepRequest]], params: Any
-) -> list[StepTime | Failed]:
-    """What each step takes.
-
-    Raises:
-        RuntimeError: all fail.
-    """
-    found = measured_steps(steps, params)
-    failed = [time for time in found if isinstance(time, Failed)]
-    if failed and len(failed) == len(found):
-        raise RuntimeError(
-            f"`fpipe.tune(measure=...)`: all {len(found)} candidates failed that were "
-            f"to be measured; the first: {failed[0].error}"
-        )
-    return found
 
 
 def _limits(offloads: Any) -> list[Any]:
@@ -465,23 +461,24 @@ class _Source(abc.ABC):
         return ["auto"]
 
     def candidates(self, setup: _Setup, copies: bool) -> list[Candidate]:
-        """The candidate of a combination; none where it is one that nobody asked for
-        and that no executor runs.
+        """The candidate of a combination, also where it is refused: its reason is told.
 
         Arguments:
             copies: whether to add one that is too large with copies to the host.
         """
         tried = self._tried(setup)
-        asked = setup.recompute != "early" and setup.offload is None
-        if not asked and tried.candidate.prediction is None and not tried.too_large:
-            return []
-        found = [tried.candidate]
-        if copies and tried.too_large and self.chooses("offload"):
-            found += self._with_copies(setup, tried.candidate)
-        return found
+        plain = tried.candidate
+        if not (copies and tried.too_large and self.chooses("offload")):
+            return [plain]
+        with_copies = self._with_copies(setup, plain)
+        if with_copies is not None:
+            return [plain, with_copies]
+        refused = f"{plain.refused}; no copies to the host make it fit"
+        return [plain._replace(refused=refused)]
 
-    def _with_copies(self, setup: _Setup, plain: Candidate) -> list[Candidate]:
-        """A candidate that is too large, with as few copies to the host as make it fit.
+    def _with_copies(self, setup: _Setup, plain: Candidate) -> Candidate | None:
+        """A candidate that is too large, with as few copies to the host as make it fit;
+        `None`: none do.
 
         Arguments:
             plain: without copies.
@@ -493,7 +490,7 @@ class _Source(abc.ABC):
             # What copies cannot take away must fit anyhow.
             for row in plain.prediction.devices:
                 if row.missing > sum(row.memory.get(role, 0) for role in _COPIED):
-                    return []
+                    return None
         # Fewer live microbatches take less memory, until fewer cannot be.
         found: Candidate | None = None
         low = 0
@@ -506,7 +503,7 @@ class _Source(abc.ABC):
             low = middle
             if not tried.candidate.refused:
                 found = tried.candidate
-        return [] if found is None else [found]
+        return found
 
     def _tried(self, setup: _Setup) -> "_Tried":
         """The pipe and its prediction, or the reason why there is none: too few layers,

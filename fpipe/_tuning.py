@@ -23,6 +23,9 @@ from fpipe.schedules._html import escape
 # a sentence. Less than that may be other work on the machine.
 _FAR = 0.25
 
+# Of how many candidates a message has the reasons. The table has those of all.
+_SHOWN = 20
+
 # The share of a step during which the host launches, from which it may be the bound.
 _LAUNCHING = 0.8
 
@@ -56,6 +59,16 @@ class Candidate(NamedTuple):
     measured: float | None = None
     launched: float | None = None
     ratio: float | None = None
+
+    @property
+    def options(self) -> str:
+        """What it is, in a sentence."""
+        text = f"{self.schedule}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
+        if when := _when_recomputed(self):
+            text += f", recompute={when!r}"
+        if self.offload is not None:
+            text += f", offload={self.offload!r}"
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +128,17 @@ class Tuning:
         predicted.
 
         Raises:
-            ValueError: no candidate fits.
+            ValueError: no candidate fits; the message has the reasons.
         """
         first = self.candidates[0]
         if first.pipe is None or first.refused:
+            reasons = [f"{c.options}: {c.refused}" for c in self.candidates]
+            more = len(reasons) - _SHOWN
+            if more > 0:
+                reasons[_SHOWN:] = [f"{more} more, which `print(tuning)` shows"]
             raise ValueError(
-                f"`fpipe.tune(...)`: no candidate fits; the nearest: {first.refused}"
+                "`fpipe.tune(...)`: no candidate fits; why not, the nearest first:"
+                f"{as_list(reasons)}"
             )
         return first
 
@@ -153,8 +171,7 @@ class Tuning:
         if best.measured is not None:
             step += f", measured {quantity(best.measured, 'second')}"
         lines = [
-            f"{_options_of(best)}: {step}, bubble {own.bubble:.0%}, "
-            f"peak {size(own.peak)}"
+            f"{best.options}: {step}, bubble {own.bubble:.0%}, peak {size(own.peak)}"
         ]
         for field, noun in _CHOICES:
             lines += self._next_best(field, noun)
@@ -162,6 +179,11 @@ class Tuning:
         short = sum(map(_is_too_large, self.candidates))
         if short:
             lines.append(f"{short} candidates do not fit")
+        unknown = sum(c.prediction is None for c in self.candidates)
+        if unknown:
+            lines.append(
+                f"{unknown} candidates have no prediction, the table has the reasons"
+            )
         return "\n- ".join(lines)
 
     def _next_best(self, field: str, noun: str) -> list[str]:
@@ -206,20 +228,20 @@ class Tuning:
         first = min(measured, key=predicted_order, default=None)
         if first is not None and first is not measured[0]:
             lines.append(
-                f"predicted as the best was {_options_of(first)}; measured, it takes "
+                f"predicted as the best was {first.options}; measured, it takes "
                 f"{_longer(first, measured[0]):.1%} longer"
             )
         far = [c for c in measured if c.ratio is not None and _is_far(c.ratio)]
         against = "" if self.unit == "second" else ", compared with the best"
         lines += [
-            f"{_options_of(c)}: measured {c.ratio:.2f} times the prediction{against}"
+            f"{c.options}: measured {c.ratio:.2f} times the prediction{against}"
             for c in far
         ]
         # Several candidates may have one cause.
         hints = [hint for c in far if (c.ratio or 0.0) > 1 for hint in _hints(c)]
         lines += dict.fromkeys(hints)
         lines += [
-            f"{_options_of(c)}: {c.refused}" for c in self.candidates if _has_failed(c)
+            f"{c.options}: {c.refused}" for c in self.candidates if _has_failed(c)
         ]
         return lines
 
@@ -255,6 +277,11 @@ class Tuning:
             row += ["", ""] if own is None else [f"{own.bubble:.1%}", size(own.peak)]
             rows.append([*row, c.refused])
         return Table(head, rows, left=(0, 2, 3, 5, 11))
+
+
+def as_list(lines: Sequence[str]) -> str:
+    """What a message lists, each line below the one before."""
+    return "".join(f"\n- {line}" for line in lines)
 
 
 def _rank_measured(c: Candidate) -> tuple[int, float]:
@@ -322,16 +349,6 @@ def _is_too_large(c: Candidate) -> bool:
 def _has_failed(c: Candidate) -> bool:
     """Whether a candidate fits, and failed when it ran."""
     return bool(c.refused) and c.prediction is not None and not _is_too_large(c)
-
-
-def _options_of(c: Candidate) -> str:
-    """What a candidate is, in a sentence."""
-    text = f"{c.schedule}, chunks={c.chunks}, checkpoint={c.checkpoint!r}"
-    if when := _when_recomputed(c):
-        text += f", recompute={when!r}"
-    if c.offload is not None:
-        text += f", offload={c.offload!r}"
-    return text
 
 
 def _when_recomputed(c: Candidate) -> str:

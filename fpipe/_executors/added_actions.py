@@ -107,6 +107,13 @@ class _WithActions(Scheduling):
     ) -> tuple[int, ...]:
         return self.base.stage_to_device(stages, available, chunks)
 
+    def with_forwards_first(self) -> Scheduling:
+        # A limit is kept by copies of microbatches that would not wait otherwise. For
+        # recomputations the order of the given schedule is as good.
+        if self.limit is None:
+            return self
+        return dataclasses.replace(self, base=_ForwardsFirst(self.option, self.base))
+
     def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
         # Checked first: what is added depends on the number of microbatches.
         schedule = self.base.make(stage_to_device, microbatches)
@@ -149,6 +156,31 @@ class _WithActions(Scheduling):
             for i in range(m)
             if self.remat.recomputes(i, m, (s, i) in direct)
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ForwardsFirst(Scheduling):
+    """The same schedules, in which each device runs all its forwards first.
+
+    Attributes:
+        base: what makes them in their own order.
+    """
+
+    base: Scheduling
+
+    def stages(self, available: int, chunks: int, layers: int) -> int:
+        return self.base.stages(available, chunks, layers)
+
+    def stage_to_device(
+        self, stages: int, available: int, chunks: int
+    ) -> tuple[int, ...]:
+        return self.base.stage_to_device(stages, available, chunks)
+
+    def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
+        schedule = self.base.make(stage_to_device, microbatches)
+        # A stable sort: forwards stay in their order, and so does the rest.
+        rows = [sorted(row, key=lambda a: a.kind != "F") for row in schedule.actions]
+        return Schedule(rows, schedule.stage_to_device, schedule.name)
 
 
 def _waits(stage: int, stage_to_device: Sequence[int]) -> bool:

@@ -373,14 +373,17 @@ def schedule_of(
     stage_to_device: tuple[int, ...],
     stages: Sequence[Stage],
     microbatches: int,
+    kind: CallKind = CallKind.GRADIENT,
 ) -> Schedule:
-    """The schedule for that many microbatches.
+    """The schedule of a call with that many microbatches.
 
     Raises:
         ValueError: it permutes the forwards of layers with state.
     """
     # Backwards may come in any order: no gradient goes through a state. So may forwards
     # where each microbatch has a state of its own rows.
+    if kind is CallKind.PULL_BACK:
+        scheduling = scheduling.with_forwards_first()
     schedule = scheduling.make(stage_to_device, microbatches)
     for stage in stages:
         order = schedule.order("F", stage.index) if stage.ordered else ()

@@ -92,6 +92,13 @@ class Scheduling(abc.ABC):
     def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
         """The schedule, which may not fit."""
 
+    def with_forwards_first(self) -> "Scheduling":
+        """What makes schedules for a call that is differentiated from outside. There
+        all forwards come before all backwards, whatever a schedule says.
+        """
+        # The executors see to that. Only what is added to a schedule may depend on it.
+        return self
+
     def make(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
         """The schedule for that many microbatches.
 

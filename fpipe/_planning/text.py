@@ -12,7 +12,7 @@ from fpipe.schedules._html import escape
 
 # Of a table in a notebook: however large a model is, the notebook stays small.
 MOST_ROWS = 64
-MOST_CHARACTERS = 200
+MOST_CHARACTERS = 256
 
 # The largest first: a value is told in the first unit that it is not less than.
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))

@@ -19,11 +19,10 @@ import bisect
 import math
 from collections.abc import Collection, Sequence
 
-from fpipe.schedules._action import Action
 from fpipe.schedules._checks import check_int, check_type, shown
 from fpipe.schedules._clock import Clock, Run
 from fpipe.schedules._costs import Costs
-from fpipe.schedules._numbering import B, F, I, L, O, R, Rows, W
+from fpipe.schedules._numbering import B, L, O, R, Rows, W
 from fpipe.schedules._schedule import Schedule
 
 # Passes over a schedule. What moves into a gap lets others start earlier, which opens
@@ -112,12 +111,14 @@ def _read_pairs(
 ) -> set[int]:
     """The recomputations that are asked for."""
     chosen: set[int] = set()
+    microbatches = clock.numbering.microbatches
+    first = R * clock.numbering.size
     for pair in pairs:
         number = None
         if isinstance(pair, (tuple, list)) and [type(n) for n in pair] == [int, int]:
             stage, microbatch = pair
-            if 0 <= microbatch < clock.numbering.microbatches and stage >= 0:
-                number = clock.numbering.number(Action("R", stage, microbatch))
+            if 0 <= microbatch < microbatches and stage >= 0:
+                number = first + stage * microbatches + microbatch
         if number not in backwards:
             raise ValueError(
                 f"`early_recompute(pairs=...)`: the schedule {schedule.name!r} has no "
@@ -143,10 +144,11 @@ def _with_recomputations(
     """A row with each `R` right before its backward."""
     new: list[int] = []
     for number in row:
-        kind, pair = divmod(number, size)
-        recomputation = R * size + pair
-        if kind in (B, I) and recomputation in recomputed:
-            new.append(recomputation)
+        # A `B` or an `I`: their numbers follow each other.
+        if B * size <= number < W * size:
+            recomputation = R * size + number % size
+            if recomputation in recomputed:
+                new.append(recomputation)
         new.append(number)
     return new
 
@@ -189,26 +191,29 @@ class _GapFiller:
         # Gap by gap, from the left. What moves keeps its place in `row` until the end,
         # so that all gaps are those of the same timeline.
         size = self.size
-        copied = {number % size for number in self.row if number // size == L}
+        copied = {n % size for n in self.row if L * size <= n < R * size}
         new: list[int] = []
         free_at = 0.0
         for place, number in enumerate(self.row):
-            kind, pair = divmod(number, size)
-            end = self.ends[number]
-            if kind == L:
+            start, end = self.starts[number], self.ends[number]
+            if L * size <= number < R * size:
                 # The device goes on while it is copied back.
                 new.append(number)
-                self.ready_at[pair] = end
+                self.ready_at[number % size] = end
                 continue
-            # At an `O` the device waits for its end.
-            goes_on_at = max(free_at, end if kind == O else self.starts[number])
-            if goes_on_at > free_at:
-                new += self.fill(place, free_at, goes_on_at)
+            if O * size <= number < L * size:
+                # The device waits for its end.
+                start = end
+            if start > free_at:
+                new += self.fill(place, free_at, start)
+                free_at = start
             if place not in self.moved:
                 new.append(number)
-            if kind == F and pair not in copied:
-                self.ready_at[pair] = end
-            free_at = max(goes_on_at, end)
+            # An `F` has the number of its pair.
+            if number < size and number not in copied:
+                self.ready_at[number] = end
+            if end > free_at:
+                free_at = end
         return new
 
     def fill(self, place: int, start: float, end: float) -> list[int]:
@@ -246,12 +251,13 @@ def _recomputed_at(row: Sequence[int], size: int) -> list[int]:
     held = 0
     recomputed: set[int] = set()
     for number in row:
-        kind, pair = divmod(number, size)
-        if kind == R:
-            recomputed.add(pair)
-            held += 1
-        counts.append(held)
         # Until its backward ends, which is still of that place.
-        if kind in (B, I) and pair in recomputed:
-            held -= 1
+        ends = False
+        if R * size <= number < B * size:
+            recomputed.add(number % size)
+            held += 1
+        elif B * size <= number < W * size:
+            ends = number % size in recomputed
+        counts.append(held)
+        held -= ends
     return counts

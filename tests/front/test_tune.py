@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import fpipe
+from fpipe import _tuning
 from fpipe.schedules import one_f_one_b
 from tests.executors.cut_layers import COLUMNS, FULLY_SHARDED, ROWS, WIDE
 from tests.helpers import add, assert_same, dense, keep, mse, noise, raises
@@ -115,6 +116,12 @@ def test_schedules_that_nobody_asked_for_need_layers_enough():
         checkpoints="never",
     ).candidates
     assert "at least 2 stages on each device" in asked.refused
+    # If none goes, each says why.
+    one = fpipe.tune([dense()], X, devices=devices, chunks=2, checkpoints="never")
+    refused = {c.schedule: c.refused for c in one.candidates}
+    assert refused.pop("zb_v").endswith("but the model has 1 layer")
+    assert refused.pop("interleaved_1f1b").endswith("but the model has 1 layer")
+    assert refused == dict.fromkeys(names, "")
 
 
 def test_copies_to_the_host_are_as_few_as_keep_the_limit():
@@ -144,13 +151,18 @@ def test_copies_to_the_host_are_as_few_as_keep_the_limit():
         assert "short by" in plain.refused
         assert copied.refused == ""
         assert copied.offload == max(n for n in peaks if peaks[n] <= limit)
-    # Where not even all copies would do there is no such candidate, and none of those
-    # that fit anyway is tried with copies.
-    for limit in (peaks[1] // 2, peaks[4]):
-        tuning = fpipe.tune(
+    # Where not even all copies would do the candidate says so, and none of those that
+    # fit anyway is tried with copies.
+    for limit, reason in (
+        (peaks[1] // 2, "; no copies to the host make it fit"),
+        (peaks[1] - 1, "; no copies to the host make it fit"),
+        (peaks[4], ""),
+    ):
+        (only,) = fpipe.tune(
             make, X, memory=limit, schedules="gpipe", checkpoints="never", chunks=4
-        )
-        assert [c.offload for c in tuning.candidates] == [None]
+        ).candidates
+        assert only.offload is None
+        assert only.refused.partition(" on device 0")[2] == reason
 
 
 def test_recomputation_is_tried_early_where_there_is_any():
@@ -182,7 +194,42 @@ def test_recomputation_is_tried_early_where_there_is_any():
     assert (asked.pipe.recompute, asked.pipe.offload) == ("early", 1)
 
 
-def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
+def test_nothing_that_was_asked_for_is_left_out_without_a_word():
+    options = {"devices": jax.devices()[:2], "checkpoints": "always", "chunks": 3}
+    tuning = fpipe.tune(
+        [dense()] * 4,
+        X,
+        schedules=["1f1b", "zb_h1", in_pairs],
+        recomputes=["early", "with_backward"],
+        offloads=[None, 1],
+        **options,
+    )
+    refused = {
+        (c.schedule, c.recompute, c.offload): c.refused for c in tuning.candidates
+    }
+    assert len(refused) == 3 * 2 * 2
+    for (schedule, _, limit), reason in refused.items():
+        if schedule == "zb_h1" and limit == 1:
+            assert reason.startswith("`offload(memory=1)`: device 1 holds at least 2")
+        else:
+            assert reason == (
+                "" if schedule in ("1f1b", "zb_h1") else "3 microbatches are no pairs"
+            )
+        assert reason in str(tuning)
+    none = "6 candidates have no prediction, the table has the reasons"
+    assert tuning.why.endswith(f"\n- {none}")
+    # Also where nobody asked for several: each combination has a row.
+    default = fpipe.tune([dense()] * 4, X, schedules=in_pairs, **options)
+    assert [c.recompute for c in default.candidates] == ["with_backward", "early"]
+    with raises(
+        ValueError,
+        "`fpipe.tune(...)`: no candidate fits; why not, the nearest first:"
+        + "".join(f"\n- {c.options}: {c.refused}" for c in default.candidates),
+    ):
+        default.best  # noqa: B018
+
+
+def test_a_memory_limit_rules_out_and_says_how_much_is_missing(monkeypatch):
     free = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
     peaks = sorted(
         c.prediction.peak for c in free.candidates if c.prediction is not None
@@ -202,10 +249,16 @@ def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
     )
     with pytest.raises(
         ValueError,
-        match=r"`fpipe.tune\(\.\.\.\)`: no candidate fits; the nearest: .*short by",
-    ):
+        match=r"`fpipe.tune\(\.\.\.\)`: no candidate fits; why not, the nearest first:",
+    ) as error:
         none.pipe  # noqa: B018
-    assert "short by" in str(none)
+    (_, *lines), reasons = str(error.value).splitlines(), str(none)
+    assert [line.startswith("- ") for line in lines] == [True] * len(none.candidates)
+    assert all(line.partition(": ")[2] in reasons for line in lines)
+    # Of many only the nearest are told.
+    monkeypatch.setattr(_tuning, "_SHOWN", 3)
+    with pytest.raises(ValueError, match=r"\n- 5 more, which `print\(tuning\)` shows$"):
+        none.best  # noqa: B018
 
 
 def test_it_says_why():
@@ -296,8 +349,8 @@ def test_all_candidates_share_the_traces_of_the_layers(executor):
 def test_wrong_arguments():
     with raises(
         ValueError,
-        "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need an "
-        "entry each",
+        "`fpipe.tune(...)`: nothing to try: schedules, checkpoints, chunks, recomputes "
+        "and offloads need an entry each",
     ):
         fpipe.tune(LAYERS, X, schedules=[])
     with raises(ValueError, "`fpipe.tune(by='flop')`: one of 'flops', 'time'"):

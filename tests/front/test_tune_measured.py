@@ -144,10 +144,14 @@ def test_a_candidate_that_fails_is_refused_and_the_others_run(clock):
     assert "do not fit" not in tuning.why
     assert str(tuning).splitlines()[3].endswith(refused)
     clock(lambda pipe: error)
+    reason = "MemoryError: no room for 8 bytes"
     with raises(
         RuntimeError,
-        "`fpipe.tune(measure=...)`: all 2 candidates failed that were to be measured; "
-        "the first: MemoryError: no room for 8 bytes",
+        "`fpipe.tune(measure=...)`: all 2 candidates failed that were to be measured:"
+        + "".join(
+            f"\n- {name}, chunks=2, checkpoint='never': {reason}"
+            for name in (first, second)
+        ),
     ):
         fpipe.tune(LAYERS, X, **GIVEN, measure=2)
 

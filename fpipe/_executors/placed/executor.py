@@ -141,10 +141,12 @@ class Placed:
         """Whether a stage has devices of another process."""
         return self.layout.is_over_processes
 
-    def schedule(self, microbatches: int) -> Schedule:
+    def schedule(
+        self, microbatches: int, kind: CallKind = CallKind.GRADIENT
+    ) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
         return schedule_of(
-            self.scheduling, self.stage_to_device, self.stages, microbatches
+            self.scheduling, self.stage_to_device, self.stages, microbatches, kind
         )
 
     def context(self) -> AbstractContextManager[Any]:
@@ -425,7 +427,7 @@ class Placed:
         inputs = inputs_of(model, args, params, self.chunks)
         for place in self.layout.placements:
             _check_rows(inputs, place)
-        schedule = self.schedule(inputs.cut.m)
+        schedule = self.schedule(inputs.cut.m, kind)
         if kind.differentiates:
             check_backwards(schedule)
         arguments = asked.arguments()

@@ -252,7 +252,8 @@ def absences(
         absence = Absence(
             position[Action("F", s, i)], min(map(position.__getitem__, backwards)) - 1
         )
-        # With nothing between the two there is no time to copy.
+        # Between phases that follow each other a device runs nothing else, so nothing
+        # could use the room.
         if absence.gone < absence.back:
             found[s, i] = absence
     return found

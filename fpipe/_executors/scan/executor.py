@@ -127,10 +127,12 @@ class Scan:
         """Whether a stage has devices of another process."""
         return self.mesh.is_multi_process
 
-    def schedule(self, microbatches: int) -> Schedule:
+    def schedule(
+        self, microbatches: int, kind: CallKind = CallKind.GRADIENT
+    ) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
         return schedule_of(
-            self.scheduling, self.stage_to_device, self.stages, microbatches
+            self.scheduling, self.stage_to_device, self.stages, microbatches, kind
         )
 
     def context(self) -> AbstractContextManager[Any]:
@@ -366,7 +368,7 @@ class Scan:
             given_packing.shapes, given_packing.specs
         )
         inputs = inputs_of(self._model, args, packing.shapes, self.chunks)
-        schedule = self.schedule(inputs.cut.m)
+        schedule = self.schedule(inputs.cut.m, kind)
         if kind.differentiates:
             check_backwards(schedule)
         check_donated(kind, args, inputs, self._model)

@@ -167,18 +167,6 @@ def test_a_recording_has_all_actions_in_the_order_of_the_schedule(dispatch):
     assert all(t.source != t.target for t in recording.transfers)
 
 
-def test_a_pull_back_that_is_called_twice_brings_back_twice():
-    pipe = fpipe.Pipe(LAYERS, chunks=M, checkpoint="never", schedule="1f1b", offload=1)
-    x = noise(jax.random.key(1), (2 * M, 8))
-    params = pipe.init(jax.random.key(0), x)
-    y, pull = jax.vjp(lambda params: pipe(params, x), params)
-    plain = fpipe.sequential(LAYERS, chunks=M)
-    _, plainly = jax.vjp(lambda params: plain(params, x), pipe.gather(params))
-    for cotangent in (jnp.cos(y), jnp.sin(y)):
-        (got,), (want,) = pull(cotangent), plainly(jax.device_get(cotangent))
-        assert_same(pipe.gather(got), want)
-
-
 # --- what it holds ---
 
 

@@ -67,19 +67,8 @@ def test_a_plan_has_less_on_the_device_and_the_rest_on_the_host(checkpoint):
     assert (kept.host, moved.host) == (0, pools * (2 + 1) * BUNDLE)
 
 
-def test_a_pull_back_that_is_called_twice_brings_back_twice():
-    pipe = pipe_of(schedule="1f1b", offload=1)
-    params = pipe.init(jax.random.key(0), X)
-    y, pull = jax.vjp(lambda params: pipe(params, X), params)
-    plain = fpipe.sequential(LAYERS, chunks=M)
-    _, plainly = jax.vjp(lambda params: plain(params, X), pipe.gather(params))
-    for cotangent in (jnp.cos(y), jnp.sin(y)):
-        (got,), (want,) = pull(cotangent), plainly(jax.device_get(cotangent))
-        assert_same(pipe.gather(got), want)
-
-
 def test_what_has_no_time_to_leave_stays():
-    """`B` follows its `F` in the next tick: there is nothing to run beside a copy."""
+    """`B` follows its `F` in the next tick: nothing else could use the room."""
     row = [(kind, 0, i) for i in range(M) for kind in "FOLB"]
     pipe = fpipe.Pipe(LAYERS, [2], chunks=M, schedule=Schedule([row]), executor="scan")
     params = pipe.init(jax.random.key(0), X)
