@@ -7,6 +7,7 @@ reference fails the build.
 import ast
 import pathlib
 import re
+from html import unescape
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -141,6 +142,37 @@ def linked(text: str, names: list[str]) -> str:
     )
 
 
+def unbroken(html: str) -> str:
+    """A page whose code within a sentence is broken between words.
+
+    A browser breaks it behind hyphens and in front of brackets too, so that `(D-1)F`
+    becomes `(D-` and `1)F`. css/extra.css keeps a marked word whole. Words that may be
+    wider than a narrow page are not marked.
+    """
+
+    def marked(found: re.Match[str]) -> str:
+        words = re.split(r"(\s+)", found[1])
+        inside = "".join(
+            f"<span class=word>{word}</span>" if _breaks(word) else word
+            for word in words
+        )
+        return f"<code>{inside}</code>"
+
+    blocks = re.split(r"(<pre\b.*?</pre>)", html, flags=re.DOTALL)
+    code = re.compile(r"<code>([^<]*)</code>")
+    return "".join(
+        part if n % 2 else code.sub(marked, part) for n, part in enumerate(blocks)
+    )
+
+
+def _breaks(word: str) -> bool:
+    """Whether a browser would break a word that fits a narrow page."""
+    return 1 < len(unescape(word)) <= NARROW and bool(re.search(r"[-(\[{|?/]", word))
+
+
+NARROW = 30  # characters of code that fit everywhere
+
+
 # --- what mkdocs calls ---
 
 
@@ -160,3 +192,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri == "api.md":
         return markdown
     return linked(markdown, listed(API.read_text(encoding="utf-8")))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Code within a sentence is broken between words."""
+    del page, config, files
+    return unbroken(html)

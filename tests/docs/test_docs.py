@@ -113,6 +113,14 @@ def test_names_on_pages_lead_to_the_reference():
         assert linked(same) == same
 
 
+def test_code_in_a_sentence_is_broken_between_words():
+    long = "state.replace(step=jax.device_put(0))"
+    page = f"<p><code>(D-1)F if m</code> <code>{long}</code></p>"
+    page += "<pre><code>a-b</code></pre>"
+    word = "<span class=word>(D-1)F</span>"
+    assert hooks().unbroken(page) == page.replace("(D-1)F", word)
+
+
 # --- the pages ---
 
 

@@ -745,6 +745,7 @@ def test_what_is_seen_late_is_put_right():
         Half.WHOLE,
         issued,
         ended,
+        frozenset(),
         {n: [1] * len(plan.instructions[n].outs) for n in numbers},
         host=0.0,
         peak_bytes=(),
@@ -781,6 +782,30 @@ def test_what_is_seen_late_is_put_right():
     at = {e.action: e for e in dataclasses.replace(ran, ended=ended).timeline().events}
     one, other = at["F", 0, 1], at["F", 1, 1]
     assert one.start < one.end <= other.start < other.end
+    # The end of a transfer was seen while the program that reads it ran already, so it
+    # looks as if that had taken no time. But the program was issued with its inputs
+    # there.
+    reads = of["F", 1, 0]
+    late = {**ended, moves[0]: ended[reads] - 0.001}
+    for fed, takes in ((frozenset(), 0.001), (frozenset({reads}), 2.0)):
+        seen = {**issued, reads: Span(ended[reads] - 2, ended[reads] - 1)}
+        own = dataclasses.replace(ran, issued=seen, ended=late, fed=fed).timeline()
+        (event,) = [e for e in own.events if e.action == ("F", 1, 0)]
+        assert event.end - event.start == pytest.approx(takes)
+
+
+@pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
+def test_threads_of_simulated_devices_wait_themselves(dispatch, monkeypatch):
+    pipe, params, x = small(dispatch=dispatch)
+    calls, timeline = [], WatchedCall.timeline
+    monkeypatch.setattr(
+        WatchedCall, "timeline", lambda self: calls.append(self) or timeline(self)
+    )
+    pipe.record(pipe.value_and_grad(jnp.mean), params, x)
+    (call,) = calls
+    items = enumerate(call.plan.instructions)
+    runs = {n for n, item in items if isinstance(item, Run) and n in call.ended}
+    assert call.fed == (runs if dispatch == "thread_per_device" else set())
 
 
 def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(
@@ -868,7 +893,9 @@ def test_the_host_time_of_a_pull_back_counts_too():
     assert len(timeline.calls) == 1
     (bound,) = placed_executor(pipe)._plans.values()
     halves = [
-        WatchedCall(bound.plan, half, {}, {}, {}, host, (n,), threaded=False)
+        WatchedCall(
+            bound.plan, half, {}, {}, frozenset(), {}, host, (n,), threaded=False
+        )
         for half, host, n in [(Half.FORWARD, 0.5, 3), (Half.BACKWARD, 0.25, 4)]
     ]
     whole = halves[0].joined(halves[1])

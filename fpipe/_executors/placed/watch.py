@@ -23,8 +23,15 @@ its program and the transfers of its results took to issue is the launch of an a
 
 The calling thread cannot wait itself: while it waited for one result it would not issue
 the next program, and a recorded call would run in another order than the others.
+
+Simulated devices that have a dispatching thread each are another matter. They share the
+cores with all these threads, so that a lane wakes up late, by as much as a program
+takes: then the program that waits for its array would seem to run for no time. There
+the dispatching thread waits for the inputs of a program and for its result, and looks
+at the clock itself. Its own device has nothing else to do meanwhile.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -172,6 +179,7 @@ class Watch:
 
     Attributes:
         issued, ended: when, by the number of the instruction.
+        fed: the programs whose inputs were there when they were issued.
         host: seconds that issuing took.
         moved: the bytes of each array of a transfer.
         failures: what went wrong on a device.
@@ -180,12 +188,14 @@ class Watch:
     def __init__(self, plan: Plan, probes: Mapping[int, Probe], threaded: bool) -> None:
         self.issued: dict[int, Span] = {}
         self.ended: dict[int, float] = {}
+        self.fed: set[int] = set()
         self.host = 0.0
         self.moved: dict[int, list[int]] = {}
         self.failures: list[Failure] = []
         self._plan = plan
         self._probes = probes
         self._threaded = threaded
+        self._waits_itself = threaded and _is_simulated(plan)
         # A lane for what cannot overlap, no lane for each instruction: there are
         # thousands of them, and a lane that waits for one array keeps few alive.
         self._lanes: dict[Hashable, Lane] = {}
@@ -203,13 +213,19 @@ class Watch:
         result, mark = self._probes[number]
         moves = isinstance(step.item, Move)
         put = self._lanes[self._lane_key(step.item)].queue.put
+        waits = self._waits_itself and not moves
 
         def watched(*arrays: Any) -> Sequence[Any]:
+            if waits:
+                _wait_for(arrays)
+                self.fed.add(number)
             started = time.perf_counter()
             made = call(*arrays)
             # Here, so that what the recording itself does is no part of it.
             self.issued[number] = Span(started, time.perf_counter())
             array = made[result]
+            if waits:
+                _wait_for(array)
             # Some programs run in the thread that calls them. Then nobody has to wake
             # up to see the end. A key can be waited for, and cannot be asked.
             is_ready = getattr(array, "is_ready", None)
@@ -244,6 +260,7 @@ class Watch:
             half,
             self.issued,
             self.ended,
+            frozenset(self.fed),
             self.moved,
             self.host,
             peak_bytes(_devices_of(self._plan)),
@@ -280,6 +297,23 @@ class Watch:
         return item.placement, sources
 
 
+def _is_simulated(plan: Plan) -> bool:
+    """Whether all devices of a plan are CPUs of this process."""
+    here = jax.process_index()
+    places = {i.placement for i in plan.instructions if not isinstance(i, Free)}
+    return all(
+        device.platform == "cpu" and device.process_index == here
+        for place in places
+        for device in place.devices
+    )
+
+
+def _wait_for(arrays: Any) -> None:
+    """Wait until arrays are there, or have failed: what reads them says so."""
+    with contextlib.suppress(Exception):
+        jax.block_until_ready(arrays)
+
+
 @dataclasses.dataclass(frozen=True)
 class WatchedCall:
     """A run of a plan, or of a half of it, with what was seen."""
@@ -288,6 +322,7 @@ class WatchedCall:
     half: Half
     issued: Mapping[int, Span]
     ended: Mapping[int, float]
+    fed: frozenset[int]
     moved: Mapping[int, Sequence[int]]
     host: float
     peak_bytes: tuple[int, ...]
@@ -304,6 +339,7 @@ class WatchedCall:
             Half.WHOLE,
             {**self.issued, **later.issued},
             {**self.ended, **later.ended},
+            self.fed | later.fed,
             {**self.moved, **later.moved},
             self.host + later.host,
             later.peak_bytes,
@@ -478,8 +514,12 @@ class WatchedCall:
         maker: dict[int, int] = {}
         last_on: dict[Hashable, int] = {}
         before: dict[int, list[int]] = {}
+        ends = {number: self.ended[number] for number in code}
         for number, item in code.items():
             before[number] = [maker[slot] for slot in item.ins if slot in maker]
+            if number in self.fed:
+                for earlier in before[number]:
+                    ends[earlier] = min(ends[earlier], self.issued[number].start)
             if isinstance(item, Run | Copy):
                 way = (item.placement, isinstance(item, Copy) and item.action.kind)
                 if way in last_on:
@@ -488,9 +528,9 @@ class WatchedCall:
             for slot in item.outs:
                 maker[slot] = number
         # An end is seen late at times (a thread has to wake up for it), but it is never
-        # later than that of what needs it. `after` counts the programs that still have
-        # to run after an instruction until this latest moment.
-        ends = {number: self.ended[number] for number in code}
+        # later than that of what needs it, nor than when that was issued with all its
+        # inputs there. `after` counts the programs that still have to run after an
+        # instruction until this latest moment.
         after = dict.fromkeys(code, 0)
         for number in reversed(code):
             count = after[number] + isinstance(code[number], Run)
