@@ -170,7 +170,7 @@ def _breaks(word: str) -> bool:
     return 1 < len(unescape(word)) <= NARROW and bool(re.search(r"[-(\[{|?/]", word))
 
 
-NARROW = 30  # characters of code that fit everywhere
+NARROW = 36  # characters of code that fit everywhere
 
 
 # --- what mkdocs calls ---

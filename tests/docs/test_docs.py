@@ -114,7 +114,7 @@ def test_names_on_pages_lead_to_the_reference():
 
 
 def test_code_in_a_sentence_is_broken_between_words():
-    long = "state.replace(step=jax.device_put(0))"
+    long = "axis_types=(jax.sharding.AxisType.Auto,)"
     page = f"<p><code>(D-1)F if m</code> <code>{long}</code></p>"
     page += "<pre><code>a-b</code></pre>"
     word = "<span class=word>(D-1)F</span>"
