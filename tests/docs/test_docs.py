@@ -227,7 +227,8 @@ def texts(source):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args:
             if re.search(
-                r"Error$|^error$|^(wrong|warnings)\.append$", ast.unparse(node.func)
+                r"Error$|^(error|warn)$|^(wrong|warnings)\.append$",
+                ast.unparse(node.func),
             ):
                 yield True, said(node.args[0], names[node])
         elif isinstance(node, ast.JoinedStr):
@@ -309,6 +310,7 @@ def test_each_beginning_is_there_once_and_says_something():
             "`f(x=…)`: too large",
         ),
         ("def f(x):\n  raise TypeError(f'no {x}' + f', but {x!r}{x}')", "no …, but ……"),
+        ("warn(f'stage {s} keeps too much')", "stage … keeps too much"),
         ("def f(x, wrong):\n  wrong.append('bad')", "bad"),
         ("def f(xs):\n  return KeyError('; '.join(f'{x} is' for x in xs))", "… is"),
     ],
