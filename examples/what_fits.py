@@ -11,7 +11,6 @@
 
 import argparse
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -223,9 +222,10 @@ def print_largest(
     """The first table."""
     print(
         f"Largest transformer of width {sizes.width} on devices of "
-        f"{memory / 2**30:g} GiB, {sizes.rows} x {sizes.length} tokens in a "
+        f"{size(memory)}, {sizes.rows} x {sizes.length} tokens in a "
         "microbatch, 2 microbatches for each device"
     )
+    is_large = memory >= 2**30
     head = [f"{d} device{'s' * (d > 1)}" for d in counts]
     print(f"{'':20s}" + "".join(f"{title:>20s}" for title in head))
     for way in ways:
@@ -234,10 +234,17 @@ def print_largest(
             found = largest(sizes, way, d, 2 * d, memory)
             text = "-"
             if found.parameters:
-                text = f"{sum(found.layers)} ({found.parameters / 1e9:.2f} B)"
+                count = found.parameters
+                text = f"{count / 1e9:.2f} B" if is_large else f"{count:,}"
+                text = f"{sum(found.layers)} ({text})"
             cells.append(f"{text:>20s}")
         print(f"{way.name:20s}" + "".join(cells), flush=True)
-    print("blocks, and parameters in billions")
+    print("blocks, and parameters" + " in billions" * is_large)
+
+
+def size(memory: float) -> str:
+    """Bytes as a text."""
+    return f"{memory / 2**30:g} GiB" if memory >= 2**30 else f"{memory / 2**10:g} KiB"
 
 
 def check(sizes: Transformer, way: Way, devices: int, memory: float) -> None:
@@ -258,13 +265,13 @@ class Setting(NamedTuple):
 
     Attributes:
         batch, chunks, balance: its setting; balance in modules of torchgpipe's model.
-        measured: the speed-up over one GPU without a pipeline.
+        measured: the speed-up over one GPU without a pipeline, where one was measured.
     """
 
     batch: int
     chunks: int
     balance: tuple[int, ...]
-    measured: float
+    measured: float | None
 
 
 # The settings stand in `benchmarks/unet-speed/main.py` and
@@ -389,9 +396,11 @@ def print_speed_ups(
         predicted = speed_up(costs, cuts, setting.chunks)
         best = fpipe.balance(costs, stages=devices, chunks=setting.chunks)
         ours = speed_up(costs, list(itertools.accumulate(best)), setting.chunks)
+        known = setting.measured is not None
+        measured = f"{setting.measured:.3f}" if known else "-"
         print(
             f"{devices:7d}{setting.chunks:14d}{predicted:12.3f}"
-            f"{setting.measured:12.3f}{ours:20.3f}",
+            f"{measured:>12s}{ours:20.3f}",
             flush=True,
         )
 
@@ -423,8 +432,9 @@ def main() -> None:
         check(sizes, WAYS[0], counts[0], memory)
     channels, image = (4, 32) if small else (64, 192)
     model = u_net(channels, blocks=1, depth=1) if small else u_net(channels)
-    settings = (Setting(8, 4, (6, 11), math.nan),) if small else U_NET
-    print_speed_ups("U-Net (5, 64)", model, image, settings)
+    settings = (Setting(8, 4, (6, 11), None),) if small else U_NET
+    name = "A small U-Net" if small else "U-Net (5, 64)"
+    print_speed_ups(name, model, image, settings)
     if not small:
         print_speed_ups("ResNet-101", resnet(64), 224, RESNET)
 
