@@ -5,7 +5,7 @@ most expensive stage is, measured, of an automatic cut and of the best cut that 
 would write by hand. And how many programs a split pipe has, and how much time its
 actions take on the host, beside the same model as layers written by hand.
 
-    python examples/benchmarks/split.py [--blocks 360]
+    python examples/benchmarks/split.py [--blocks 364]
 """
 
 import argparse
@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 import fpipe
+from fpipe._split import layers as split_layers
+from fpipe._split.cuts import find_cuts
 
 STAGES, CHUNKS = 4, 8
 
@@ -227,12 +229,22 @@ def small_models():
 
 def seconds_to_split(blocks):
     """What its own Python takes is told apart: it runs twice, for microbatches of
-    another number of rows show what is written for this one.
+    another number of rows show what is written for this one. So is the choice of the
+    cuts, the part that has to look at all places together.
     """
     params, x = gpt_params(blocks, 16, 64), gpt_batch(2, 8)
     equations = len(jax.make_jaxpr(gpt)(params, x).jaxpr.eqns)
     for stages in (8, None):
-        traced = 0.0
+        traced = chosen = 0.0
+
+        def choose(*args):
+            nonlocal chosen
+            started = time.process_time()
+            cuts = find_cuts(*args)
+            chosen += time.process_time() - started
+            return cuts
+
+        split_layers.find_cuts = choose
 
         def timed(params, x):
             nonlocal traced
@@ -244,12 +256,13 @@ def seconds_to_split(blocks):
         started = time.process_time()
         split = fpipe.split(timed, params, x, stages=stages)
         cut = time.process_time() - started - traced
+        split_layers.find_cuts = find_cuts
         started = time.process_time()
         split.balance(min(8, len(split)))
         balance = time.process_time() - started
         print(
             f"{blocks:6} {equations:9} {'stages=8' if stages else '':9}"
-            f"{len(split):7} {traced:8.2f} {cut:8.2f} {balance:8.2f}"
+            f"{len(split):7} {traced:8.2f} {cut:8.2f} {chosen:8.2f} {balance:8.2f}"
         )
 
 
@@ -425,7 +438,7 @@ def host_time(repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=330, help="of the large GPT")
+    parser.add_argument("--blocks", type=int, default=364, help="of the large GPT")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=4, help="of each half")
     tables = ("seconds", "stages", "host")
@@ -442,7 +455,7 @@ def main():
     print(f"jax {jax.__version__}, {jax.devices()[0].platform}")
     if "seconds" in args.tables:
         print("\nCPU seconds")
-        print("blocks equations how       pieces    trace    split  balance")
+        print("blocks equations how       pieces    trace    split   choose  balance")
         for blocks in (args.blocks // 4, args.blocks):
             seconds_to_split(blocks)
     if "stages" in args.tables:
