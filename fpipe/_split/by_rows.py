@@ -171,10 +171,14 @@ def taken_parts(
     """
     params = node.eqn.params
     if node.name == "slice":
-        starts, stops = params["start_indices"], params["limit_indices"]
-        whole = not any(starts[1:]) and tuple(stops[1:]) == tuple(shape[1:])
-        steps = set(params["strides"] or (1,))
-        return [Part(0, starts[0], stops[0])] if whole and steps == {1} else []
+        ends = list(zip(params["start_indices"], params["limit_indices"], strict=True))
+        cut = [n for n, size in enumerate(shape) if ends[n] != (0, size)]
+        if len(cut) > 1 or set(params["strides"] or (1,)) != {1}:
+            return []
+        part = Part(cut[0] if cut else 0, *ends[cut[0] if cut else 0])
+        # On another axis than the first it is an index, `w[:, 1]`: some columns of a
+        # weight are no layers.
+        return [part] if not part.axis or part.count == 1 else []
     if node.name == "split" and params["axis"] == 0:
         ends = np.cumsum([0, *params["sizes"]]).tolist()
         return [Part(0, a, b) for a, b in itertools.pairwise(ends)]

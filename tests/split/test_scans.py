@@ -198,6 +198,12 @@ def by_index_on_another_axis(params, x):
     return jax.lax.fori_loop(0, 4, body, x)
 
 
+def by_number_on_another_axis(params, x):
+    for n in (2, 0, 3, 1):
+        x = layer(x, {"w": params["w"][:, n], "b": params["b"][n]})
+    return x
+
+
 def in_groups(params, x):
     """Two layers in a round, by another form of the stack."""
     groups = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), params)
@@ -225,6 +231,7 @@ LOOPS = {
     "numbers": (checkpointed_numbers, STACK, 4, {"b": 4, "w": 4}),
     "another axis": (on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
     "index of axis": (by_index_on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
+    "number of axis": (by_number_on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
     "groups": (in_groups, STACK, 4, {"b": 4, "w": 4}),
 }
 

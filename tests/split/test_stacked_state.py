@@ -202,12 +202,23 @@ def decode(params, x, *, state):
     return h, jnp.moveaxis(seen, 0, 1)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_cache_of_rows_may_be_stacked_after_the_rows(executor):
+def decode_by_numbers(params, x, *, state):
+    """The same without a loop."""
+    made, h = [], x
+    for n, p in enumerate(params):
+        made.append(state[:, n] + h @ p)
+        h = jnp.tanh(h + made[-1])
+    return h, jnp.stack(made, 1)
+
+
+@pytest.mark.parametrize(
+    ("executor", "fn"), [*zip(EXECUTORS, (decode, decode_by_numbers), strict=True)]
+)
+def test_a_cache_of_rows_may_be_stacked_after_the_rows(executor, fn):
     """Microbatches have their rows, and pieces the layers of their rounds."""
     params, x = weights(2, W, W), weights(5, W)
     cache = weights(5, 2, W, seed=1)
-    layer = fpipe.Layer(decode, state_rows=True)
+    layer = fpipe.Layer(fn, state_rows=True)
     split = fpipe.split(layer, params, x[:2], state=cache[:2])
     assert [[r.label("seen") for r in own] for own in split.cut.wiring.state.owned] == [
         ["seen[:, 0]"],
@@ -216,4 +227,4 @@ def test_a_cache_of_rows_may_be_stacked_after_the_rows(executor):
     pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=3, executor=executor)
     y, state = pipe(pipe.place(params), x, state=cache)
     assert state.shape == cache.shape
-    assert_same((y, pipe.gather_state(state)), jax.jit(decode)(params, x, state=cache))
+    assert_same((y, pipe.gather_state(state)), jax.jit(fn)(params, x, state=cache))
