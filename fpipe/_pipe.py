@@ -84,8 +84,7 @@ class Pipe(Call):
             With a `sample` it may be `"flops"`, `"bytes"`, `"time"` (measured on the
             first device) or `"memory"`. Default: equal FLOPs as far as possible if
             there is a `sample`, otherwise equal numbers of layers; for an
-            `fpipe.Split` without a `sample` its `balance`, which goes by estimated
-            time. The field `balance` always has numbers.
+            `fpipe.Split` equal estimated times. The field `balance` always has numbers.
         devices: one device for each stage, or for each device of the schedule if it
             puts several stages on a device. An entry is a `jax.Device`, or a
             `jax.sharding.Mesh` for a stage on several devices. Meshes may differ in
