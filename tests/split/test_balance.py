@@ -156,6 +156,10 @@ def test_few_channels_take_longer_than_their_flops():
     # Two of them take as long as four others.
     assert split.balance(2) == (2, 4)
     assert fpipe.Pipe(split, devices=[jax.devices()[0]] * 2).balance == (2, 4)
+    # A plan counts FLOPs, and does not call this cut uneven.
+    plan = fpipe.Pipe(split, devices=jax.devices()[:2]).plan(None, x)
+    assert plan.stages[1].total > 1.25 * plan.stages[0].total
+    assert not any("times the mean of the stages" in w for w in plan.warnings)
     in_two = fpipe.split(levels, params, x, stages=2)
     assert in_two.cut.cuts.places == (split.cut.cuts.places[1],)
 
