@@ -110,7 +110,7 @@ def test_whoever_finds_a_balance_goes_by_one_estimate():
     assert fpipe.balance(costs, stages=2, schedule="1f1b") == balance
     sampled = fpipe.Pipe(split, devices=devices, chunks=3, sample=x, **what)
     assert sampled.balance == balance
-    only = {"checkpoints": checkpoint, "schedules": "1f1b"}
+    only: dict[str, Any] = {"checkpoints": checkpoint, "schedules": "1f1b"}
     tuning = fpipe.tune(split, x, devices=devices, chunks=3, **only)
     assert tuning.pipe.balance == balance
 
