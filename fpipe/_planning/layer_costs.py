@@ -361,7 +361,7 @@ class LayerWork(NamedTuple):
     launch: float = 0.0
 
 
-# Layers that follow each other: the first one, and the one behind the last.
+# Layers that follow each other: the first one, and the one after the last.
 Span: TypeAlias = tuple[int, int]
 
 
