@@ -1,5 +1,6 @@
 """`O` and `L` under the scan executor: slots that go to the host's memory, and back."""
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
 
@@ -95,6 +96,19 @@ def test_two_bundles_of_a_pool_go_at_once(monkeypatch):
     machine = check_step(layers, M, offload=3, balance=[2, 2], **options)
     assert any(len(out) == 2 for out, _ in copies_of(machine))
     assert any(len(back) == 2 for _, back in copies_of(machine))
+
+
+def test_a_skip_stays_until_all_stages_of_its_device_have_read_it(monkeypatch):
+    """The backward of the stage that reads it first could do without it meanwhile."""
+    poison(monkeypatch)
+
+    @fpipe.skippable(peek=["skip"])
+    def times(params, x, *, carry):
+        return jnp.sin(x) * fpipe.peek(carry, "skip"), carry
+
+    options: dict[str, Any] = {"schedule": "looped_bfs", "devices": jax.devices()[:1]}
+    layers = [keep(), dataclasses.replace(times, init=lambda key, x: ()), add()]
+    check_step(layers, 3, offload=1, balance=[1, 1, 1], **options)
 
 
 @pytest.mark.parametrize("checkpoint", ["never", "always"])
