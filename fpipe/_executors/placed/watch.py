@@ -213,7 +213,8 @@ class Watch:
         result, mark = self._probes[number]
         moves = isinstance(step.item, Move)
         put = self._lanes[self._lane_key(step.item)].queue.put
-        waits = self._waits_itself and not moves
+        # A copy to the host or back runs beside the programs.
+        waits = self._waits_itself and isinstance(step.item, Run)
 
         def watched(*arrays: Any) -> Sequence[Any]:
             if waits:
