@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.distributed
-from tests.front.workers import encoded
+from tests.front.workers import encoded, recording
 from tests.helpers import (
     HANG,
     Case,
@@ -73,20 +72,6 @@ PROBLEMS = {
     "different": Problem(DIFFERENT, {2: [4, 4], 4: [2, 2, 2, 2]}),
     "interleaved": Problem([dense()] * 8, {2: [2] * 4, 4: [1] * 8}, "interleaved_1f1b"),
 }
-
-
-def recording(layers, seen):
-    """The same layers, whose `init` notes that it made real arrays."""
-
-    def record(k, layer):
-        def init(key, x):
-            if not isinstance(key, Tracer):
-                seen.append(k)
-            return layer.init(key, x)
-
-        return dataclasses.replace(layer, init=init)
-
-    return [record(k, layer) for k, layer in enumerate(layers)]
 
 
 def solve(name):

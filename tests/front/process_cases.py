@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 import fpipe.distributed
 import fpipe.optim
-from tests.front.workers import encoded, free_port, is_taken
+from tests.front.workers import encoded, free_port, is_taken, recording
 from tests.helpers import (
     HANG,
     Case,
@@ -117,9 +117,14 @@ def called(devices):
     differentiates a call, whose `y` is in every process then. Nobody places what
     another one has.
     """
+    made = []
+    layers = recording(PLAIN.layers, made)
+    fpipe.Pipe(layers, devices=devices, chunks=4).init(jax.random.key(0), PLAIN.x)
     pipe = pipe_of(PLAIN, devices)
     params = pipe.place(PLAIN.params())
     x, t = PLAIN.x, PLAIN.target
+    own = pipe.compile(params, x, t, loss_fn=mse)
+    whole = pipe.plan(params, x, t, loss_fn=mse).programs
     first = jax.process_index() == devices[0].process_index
     last = jax.process_index() == devices[-1].process_index
     x = x if first else shape_of(x)
@@ -127,7 +132,7 @@ def called(devices):
     y = pipe(params, x)
     loss, aux = pipe.evaluate(loss_and_rows, has_aux=True)(params, x, t)
     turned = pipe_of(PLAIN, devices[::-1])
-    told = told_of(lambda: turned.place(params))
+    told = [made, own, whole, told_of(lambda: turned.place(params))]
     outside = jax.value_and_grad(loss_outside, (1, 2))
     # What JAX compiles around the call, and what it has compiled.
     _, (value, (grads, of_x)) = [outside(pipe, params, PLAIN.x) for _ in range(2)]

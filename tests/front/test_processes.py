@@ -89,7 +89,10 @@ def test_processes_compute_what_one_does(tmp_path, schedules):
             f"{differing} differ from process 0; all processes run the same script, "
             "with the same pipe, and make the same calls in the same order"
         )
-    first, second = told["calls"]
+    # Each makes its own parameters, and compiles its own programs.
+    (made, own, whole, first), (rest, others, as_well, second) = told["calls"]
+    assert (made, rest) == ([0, 1], [2, 3])
+    assert own + others == whole == as_well
     elsewhere = "ValueError: `place(params)`: params of layer {} 'dense' are in another"
     assert elsewhere.format(2) in first
     assert elsewhere.format(0) in second

@@ -7,6 +7,7 @@ process that has asked JAX for no devices, and each worker is a fork of it.
 """
 
 import atexit
+import dataclasses
 import functools
 import gc
 import importlib
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from tests.helpers import HANG
 
@@ -61,6 +63,20 @@ def decoded(leaves, like):
     """The inverse, in the structure of another pytree."""
     arrays = [np.array(a["values"], a["dtype"]).reshape(a["shape"]) for a in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def recording(layers, seen):
+    """The same layers, whose `init` notes that it made real arrays."""
+
+    def record(k, layer):
+        def init(key, x):
+            if not isinstance(key, Tracer):
+                seen.append(k)
+            return layer.init(key, x)
+
+        return dataclasses.replace(layer, init=init)
+
+    return [record(k, layer) for k, layer in enumerate(layers)]
 
 
 def free_port():
