@@ -1,5 +1,6 @@
 """What Flax's annotations say of how parameters are cut over the mesh of a stage."""
 
+import dataclasses
 import functools
 from collections import Counter
 from typing import Any
@@ -94,6 +95,9 @@ def test_layers_lie_as_their_modules_say(module):
     assert specs_in(params) == specs_in(got[1]) == BOTH
     want = fpipe.sequential(layers, chunks=2).value_and_grad(mse)
     assert_same(got, want(pipe.gather(params), X, X))
+    # Packed arrays have those of both blocks.
+    packed = dataclasses.replace(pipe, executor="scan").init(KEY, X)
+    assert specs_in(packed) == {P("stage", *spec): n // 2 for spec, n in BOTH.items()}
 
 
 def linen_loss(model, params, x):
