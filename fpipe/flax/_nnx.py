@@ -109,8 +109,8 @@ def _without_mesh(make: Callable[[], nnx.Module]) -> nnx.Module:
     """A module, also one whose variables say how they are cut: of these Flax asks for a
     mesh in the context, and here their stage has one.
     """
-    # The scan executor has taken the axis of the stages, and Flax refuses a mesh of which
-    # some axes are taken.
+    # The scan executor has taken the axis of the stages, and Flax refuses a mesh of
+    # which some axes are taken.
     if not jax.sharding.get_abstract_mesh().manual_axes:
         try:
             return make()
