@@ -407,7 +407,9 @@ def test_a_host_that_is_the_bound_is_told():
     speed = pipe.plan(None, X).stages[0].work["F"] * 1e3
     slow = pipe.plan(None, X, speed=speed, launch=3e-3)
     (text,) = (text for text in slow.warnings if text.startswith("host-bound"))
-    assert "host-bound: the host launches for 36 ms of 38" in text
+    # The last backward is still to run; how long it takes, JAX's rules decide.
+    assert f"launches for 36 ms of {1e3 * slow.step:.3g} ms" in text
+    assert 36e-3 < slow.step < 39e-3
     fast = pipe.plan(None, X, speed=speed)
     assert f"would take {1e3 * fast.step:.3g} ms" in text
     # More microbatches would only be more launches.

@@ -189,7 +189,7 @@ class Interpreter:
         if any(op.code is not None and op.code.guard is not None for op in ops):
             count = len(mesh.local_devices)
             self.failures = Failures(count) if self.alone else Logged()
-        self.reader = Reader(machine, mesh, data, self.storage)
+        self.reader = Reader(machine, mesh, data, unshard, self.storage)
         self.computer = Computer(self.sums, self.failures)
         self.mover = Mover(machine, self.storage, self.alone, bool(together))
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fpipe._executors.placement import Unshard
 from fpipe._executors.scan.carry import Carry, pool_arrays
 from fpipe._executors.scan.machine import (
     BorrowedParameter,
@@ -71,6 +72,7 @@ class Reader:
 
     Arguments:
         data: the axes of the mesh over which rows are shared.
+        unshard: how often parameters are gathered that are cut over these.
         storage: of each pool.
     """
 
@@ -79,11 +81,13 @@ class Reader:
         machine: Machine,
         mesh: Mesh,
         data: tuple[str, ...],
+        unshard: Unshard,
         storage: Mapping[PoolName, Storage],
     ) -> None:
         self.machine = machine
         self.mesh = mesh
         self.data = data
+        self.unshard = unshard
         self.storage = storage
 
     def fetch(
@@ -98,10 +102,11 @@ class Reader:
             case Parameter(row, aval):
                 packed = self.machine.params.rows[row]
                 own = self.taken(packed, given.params[row], aval.shape)
-                return self.gathered(row, own)
+                return self.gathered(row, self._each_tick(row, own, arguments))
             case BorrowedParameter(loan):
                 row = self.machine.loans[loan].row
-                return self.gathered(row, given.loans[loan])
+                own = self._each_tick(row, given.loans[loan], arguments)
+                return self.gathered(row, own)
             case State(row, aval):
                 return self.state(row, aval.shape, carry)
             case StatePart(row, aval, part, shape):
@@ -140,6 +145,17 @@ class Reader:
             return block
         flat = row.take(unsharded(block, self.mesh), (math.prod(shape),))
         return unsharded(flat, self.mesh).reshape(shape)
+
+    def _each_tick(self, row: int, block: Array, arguments: Array) -> Array:
+        """A block of parameters that XLA takes for another one at each tick, if actions
+        gather it.
+        """
+        # What an action gathers is to be freed after it. XLA of JAX 0.12 would gather
+        # it before the loop, once, and keep it: parameters are the same at each tick.
+        spec = self.machine.params.rows[row].spec
+        if self.unshard == "step" or not spec:
+            return block
+        return jax.lax.optimization_barrier((block, arguments))[0]
 
     def gathered(self, row: int, block: Array) -> Array:
         """A block of parameters as operations read it: whole over the axes of rows."""
