@@ -548,7 +548,7 @@ class Interpreter:
         the buffers in `carry`.
         """
         # Values by number, as targets count them: sources, then what the code makes.
-        values = [self.reader.fetch(s, carry, arguments, given) for s in op.sources]
+        values = self._read(op, carry, arguments, given)
         if op.code is not None:
             values += self.computer.compute(op, [values[n] for n in op.code_inputs])
         for target in op.targets:
@@ -600,6 +600,25 @@ class Interpreter:
                     place = beginning(part, arguments[0])
                     state = jax.lax.dynamic_update_slice(state, value, place)
                     carry[buffer] = unsharded(row.put(state), self.mesh)
+
+    def _read(
+        self, op: Op, carry: Carry, arguments: Array, given: Given
+    ) -> list[Array]:
+        """The sources of an operation."""
+        values = [self.reader.fetch(s, carry, arguments, given) for s in op.sources]
+        # What comes out of a pool that the operation also puts something into is read
+        # once, before that. XLA of JAX 0.12 would read it again in each fusion that
+        # needs it, some of them after the update, and copy the whole pool for these.
+        changed = {target.buffer for target in op.targets}
+        first = [
+            n
+            for n, s in enumerate(op.sources)
+            if isinstance(s, Held) and s.pool in changed and not on_host(s.avals[s.k])
+        ]
+        taken = jax.lax.optimization_barrier([values[n] for n in first])
+        for n, value in zip(first, taken, strict=True):
+            values[n] = value
+        return values
 
 
 def _chosen(condition: Array, new: list[Any], old: list[Any]) -> list[Any]:
