@@ -123,9 +123,10 @@ class Pipe(Call):
             in each action, which takes less memory and more time. Each backward then
             scatters the gradient. Without a mesh the option does nothing.
         dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
-            the calling thread, in clock order. `"thread_per_device"` starts a thread
-            for each device, and ends it with the call. It keeps devices busy when a
-            dispatch waits for its program, and costs more time on the host. `"auto"`
+            the calling thread, in the order in which the simulated schedule starts its
+            actions. `"thread_per_device"` starts a thread for each device, and ends it
+            with the call. It keeps devices busy when a dispatch waits for its program,
+            and costs more time on the host. `"auto"`
             (default) uses threads if a layer calls Python while it runs
             (`jax.pure_callback`, `io_callback`, `jax.debug.print`), because such a
             dispatch waits. It also measures the first calls. If launches are slow and

@@ -133,9 +133,8 @@ def tune(
     Arguments:
         layers: layers or an `fpipe.Split`, as for `Pipe`. Each balance is then found by
             FLOPs, or by the estimated time of a split, under the memory limit. Or a
-            function `f(schedule=, checkpoint=,
-            chunks=, recompute=, offload=) -> Pipe`, with any of these parameters. It
-            may choose the balance itself.
+            function `f(schedule=, checkpoint=, chunks=, recompute=, offload=) -> Pipe`,
+            with any of these parameters. It may choose the balance itself.
         x, targets, side, key, state, train, step, params: as for `Pipe.plan`, as arrays
             or as shapes.
         loss_fn, has_aux, reduction, argnums, frozen: as for `Pipe.plan`.
@@ -164,8 +163,8 @@ def tune(
             with the shortest step is the best. They run with `params`, `x` and the
             other inputs if these are arrays, otherwise with zeros. One candidate's
             parameters are on the devices at a time, without an optimizer's state. A
-            candidate that fails is refused with the first line of its error; over
-            several processes what a step raises is raised. Default 0: nothing runs.
+            candidate that fails is refused with the first line of its error. Over
+            several processes an error in a step is raised. Default 0: nothing runs.
         options: other arguments of `Pipe`, such as `executor="scan"` or
             `compute_dtype=`, except `balance`, `sample` and `sample_side`.
 
@@ -177,8 +176,8 @@ def tune(
 
     Raises:
         TypeError, ValueError: there is nothing to try, or an argument is wrong.
-        RuntimeError: all candidates failed that were to be measured; the message has
-            the first line of each error.
+        RuntimeError: all candidates that were measured failed; the message has the
+            first line of each error.
 
     Example:
         >>> make = lambda key, x: jnp.eye(3)

@@ -631,8 +631,8 @@ def value_and_grad(
 
     Other Arguments:
         stages, cuts: the places where the function is cut, as for `fpipe.split`.
-            Default: the marks of `fpipe.cut` in the function. Without marks the balance
-            chooses among all narrow places.
+            Default: the marks of `fpipe.cut` in the function. Without marks
+            `fpipe.split` chooses the places, and `balance` joins the pieces to stages.
         specs: how parameters are sharded over the meshes of stages, as for
             `fpipe.split`.
         reduction: `"mean"` (default) or `"sum"`. Or `"weighted"`, for a function that

@@ -96,12 +96,12 @@ class Layer:
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
-        TypeError: a need is a positional parameter. A required keyword is no need. A
-            string stands where a list of names belongs. The layer declares skips
-            without the need `carry`, or an `init_state`, `finish`, `state_rows` or
-            `overwrite` without the need `state`. `apply` is a `Layer`, a Flax module,
-            or an object that is a pytree with arrays of floats. `state_rows` is no
-            bool.
+        TypeError: a need is a positional parameter. A required keyword-only parameter
+            is no need. A string stands where a list of names belongs. The layer
+            declares skips without the need `carry`, or an `init_state`, `finish`,
+            `state_rows` or `overwrite` without the need `state`. `apply` is a `Layer`,
+            a Flax module, or an object that is a pytree with arrays of floats.
+            `state_rows` is no bool.
         ValueError: a list has the same name twice.
 
     Example:
