@@ -111,6 +111,7 @@ def cut_off_backward(
     gradients: Collection[int],
     part: BackwardPart,
     per_microbatch: Set[int],
+    outputs: Set[int],
 ) -> Backward:
     """Decide what the forward keeps, and what the backward makes again.
 
@@ -119,12 +120,13 @@ def cut_off_backward(
         gradients: the values that are asked for.
         part: the values that are never kept.
         per_microbatch: the values that depend on the microbatch.
+        outputs: what the forward makes anyway, and a backward may read.
     """
     # What must be there when the backward is done: the gradients, and what its
     # equations with effects read.
     effects = [n for n in graph.nodes if n in part.nodes and n.eqn.effects]
     roots = [*gradients, *(v for node in effects for v in node.ins)]
-    kept = _cheapest_to_keep(graph, roots, part, per_microbatch)
+    kept = _cheapest_to_keep(graph, roots, part, per_microbatch, outputs)
     # Go from there towards the inputs. A value that is kept, or is an input, is taken
     # from outside. Otherwise its equation is one of the backward, and the values that
     # it reads are next.
@@ -151,7 +153,11 @@ def cut_off_backward(
 
 
 def _cheapest_to_keep(
-    graph: Graph, roots: Sequence[int], part: BackwardPart, per_microbatch: Set[int]
+    graph: Graph,
+    roots: Sequence[int],
+    part: BackwardPart,
+    per_microbatch: Set[int],
+    outputs: Set[int],
 ) -> set[int]:
     """The values of the forward that are kept for a backward that makes `roots`."""
     candidates = per_microbatch - part.values - graph.consts.keys()
@@ -174,7 +180,13 @@ def _cheapest_to_keep(
     # At least 1: a cut through an edge of capacity 0 costs nothing, so an array without
     # elements would be kept although nobody needs it. Bytes alone decide, not FLOPs: to
     # add the two would need the speeds of the device. A value that an offloading policy
-    # has moved to the host takes no memory of the device.
-    costs = {v: max(1, device_bytes(graph.avals[v])) for v in candidates}
+    # has moved to the host takes no memory of the device. Of sets of equal bytes it is
+    # the one with more outputs: in JAX 0.12 `1 - y**2` is all that the backward of
+    # `y = tanh(x)` reads, and would be a second array beside `y`.
+    scale = len(outputs) + 1
+    costs = {
+        v: scale * max(1, device_bytes(graph.avals[v])) - (v in outputs)
+        for v in candidates
+    }
     needed = sorted(reads & candidates)
     return cheapest(costs.__getitem__, remade_from.get, needed)

@@ -160,26 +160,30 @@ class _Splitter:
         late = self.part
         if spec.recompute_apart:
             late = backward_part(self.graph, cotangents, recomputed=False)
+        # The user's outputs are no names, because the user may donate them before the
+        # backward runs.
+        outputs: dict[int, ProgramValue] = {
+            v: Output(leaf)
+            for leaf, v in joint.outputs.items()
+            if leaf not in spec.returned
+        }
         self.backward = cut_off_backward(
-            self.graph, joint.gradients.values(), late, self.per_microbatch
+            self.graph,
+            joint.gradients.values(),
+            late,
+            self.per_microbatch,
+            outputs.keys(),
         )
         # `R` is cut off the forward in the same way: what the backward takes of it are
         # its results.
         again = self.part.without(late)
         recomputed = [v for v in self.backward.takes if v in again.values]
         self.recomputation = cut_off_backward(
-            self.graph, recomputed, again, self.per_microbatch
+            self.graph, recomputed, again, self.per_microbatch, outputs.keys()
         )
         # Each value that the backward takes by one name. Those that it has anyway come
         # first, so that nothing is kept twice: an input's name wins over an output's.
-        # The user's outputs are no names, because the user may donate them before the
-        # backward runs.
-        self.names: dict[int, ProgramValue] = {
-            v: Output(leaf)
-            for leaf, v in joint.outputs.items()
-            if leaf not in spec.returned
-        }
-        self.names |= {v: Input(leaf) for leaf, v in joint.inputs.items()}
+        self.names = outputs | {v: Input(leaf) for leaf, v in joint.inputs.items()}
         self.recomputed = {v: Recomputed(n) for n, v in enumerate(recomputed)}
         self.names |= self.recomputed
         named = self.names.keys() | joint.cotangents.values()
