@@ -135,7 +135,8 @@ def linked(text: str, names: list[str]) -> str:
     def link(found: re.Match[str]) -> str:
         return f"[`{found[1]}`][{found[1]}]" if found[1] in names else found[0]
 
-    parts = re.split(r"(^```.*?^```$|^#.*$)", text, flags=re.MULTILINE | re.DOTALL)
+    kept = r"(^```.*?^```$|^#[^\n]*$|``[^\n]*?``)"  # and code with backticks in it
+    parts = re.split(kept, text, flags=re.MULTILINE | re.DOTALL)
     plain = re.compile(r"(?<![`\[])`(fpipe(?:\.\w+)+)`(?![`\]])")
     return "".join(
         part if n % 2 else plain.sub(link, part) for n, part in enumerate(parts)
@@ -146,22 +147,27 @@ def unbroken(html: str) -> str:
     """A page whose code within a sentence is broken between words.
 
     A browser breaks it behind hyphens and in front of brackets too, so that `(D-1)F`
-    becomes `(D-` and `1)F`. css/extra.css keeps a marked word whole. Words that may be
-    wider than a narrow page are not marked.
+    becomes `(D-` and `1)F`. css/extra.css keeps a marked word whole. A word that may be
+    wider than a narrow page is broken behind an open bracket.
     """
 
     def marked(found: re.Match[str]) -> str:
-        words = re.split(r"(\s+)", found[1])
-        inside = "".join(
-            f"<span class=word>{word}</span>" if _breaks(word) else word
-            for word in words
-        )
+        inside = "".join(map(_whole, re.split(r"(\s+)", found[1])))
         return f"<code>{inside}</code>"
 
     blocks = re.split(r"(<pre\b.*?</pre>)", html, flags=re.DOTALL)
     code = re.compile(r"<code>([^<]*)</code>")
     return "".join(
         part if n % 2 else code.sub(marked, part) for n, part in enumerate(blocks)
+    )
+
+
+def _whole(word: str) -> str:
+    """A word, marked where a browser would break it, in parts that fit a narrow page."""
+    fits = len(unescape(word)) <= NARROW
+    parts = [word] if fits else re.split(r"(?<=\()(?!\))", word)
+    return "<wbr>".join(
+        f"<span class=word>{part}</span>" if _breaks(part) else part for part in parts
     )
 
 
