@@ -163,7 +163,7 @@ def unbroken(html: str) -> str:
 
 
 def _whole(word: str) -> str:
-    """A word, marked where a browser would break it, in parts that fit a narrow page."""
+    """A word in marked parts that fit a narrow page, most often one."""
     fits = len(unescape(word)) <= NARROW
     parts = [word] if fits else re.split(r"(?<=\()(?!\))", word)
     return "<wbr>".join(

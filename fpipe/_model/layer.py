@@ -54,7 +54,7 @@ class Layer:
             (`side=None`, `step=0`). A `side` or `step` without a default is required.
 
             The function returns `y`. With `carry` it returns `(y, carry)`, with
-            `state` `(y, state)`, and with both `(y, carry, state)`.
+            `state` it returns `(y, state)`, and with both `(y, carry, state)`.
         init: `init(key, x, **needs) -> params`, where `x` is a microbatch of zeros.
             `init` may name needs too. `None`, the default, is for a layer without
             parameters. An `fpipe.fn` layer needs no `init`.
