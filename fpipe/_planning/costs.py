@@ -32,11 +32,13 @@ class Sent(NamedTuple):
         source: the layer that makes or owns it.
         readers: the layers that read it.
         bytes: for one microbatch.
+        name: of the skip, if it is one.
     """
 
     source: int
     readers: tuple[int, ...]
     bytes: float
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +65,11 @@ class LayerCosts:
             next one. A stage with both layers keeps them once.
         saved: bytes that a recomputed stage keeps besides its inputs: states, and
             values that the checkpoint policy saves on the device.
-        boundaries: bytes that the layer hands to the next one. For the last layer, the
-            bytes of the model's output.
+        boundaries: bytes that the layer hands to the next one, without what that one
+            does not read. For the last layer, the bytes of the model's output.
         inputs: bytes of one microbatch of the model's input.
-        skips: the skips, with their ends and bytes.
+        skips: the skips, with their ends and bytes. An array that nobody reads is not
+            sent. Arrays of one skip with the same readers are one entry.
         borrowed: parameters that other layers borrow and read, as bytes of whole
             arrays. Parameters of one owner with the same readers are one entry.
         microbatches: the number of microbatches that the batch was cut into.

@@ -37,7 +37,7 @@ from fpipe._model.microbatch import CallShapes, cut_inputs
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.remat import Policy, Remat
-from fpipe._model.stages import Leaf
+from fpipe._model.stages import Leaf, X
 from fpipe._planning.costs import LayerCosts, Sent
 from fpipe._planning.layer_traces import LayerTrace, LayerTraces, bytes_of
 from fpipe._planning.work import (
@@ -255,7 +255,7 @@ def costs_and_spans(
         each = [(k, k + 1) for k in range(len(traces.layers))]
         measured = spans.measure(each)
         work = [measured[span] for span in each]
-    boundaries = list(map(bytes_of, traces.boundaries))
+    boundaries = _boundaries(traces)
     # A stage keeps less than its layers one by one: what a layer hands to the next is
     # often a residual of both. How much less is told from each pair of neighbours,
     # which makes it a sum over spans, as the balance needs it. Tracing every span would
@@ -280,10 +280,7 @@ def costs_and_spans(
         saved=_saved_bytes(traces, remat),
         boundaries=tuple(boundaries[1:]),
         inputs=boundaries[0],
-        skips=tuple(
-            Sent(route.maker, route.readers, bytes_of(traces.skips[skip]))
-            for skip, route in model.routes.items()
-        ),
+        skips=_skips(traces),
         borrowed=_borrowed(traces),
         microbatches=cut_inputs(args._replace(targets=()).inputs, chunks).m,
         checkpoint=remat.option,
@@ -325,6 +322,39 @@ def _saved_bytes(traces: LayerTraces, remat: Remat) -> tuple[int, ...]:
         if layer.key not in found:
             found[layer.key] = traces.recomputed(k, remat).kept_bytes(("x", "skip"))
     return tuple(found[layer.key] for layer in traces.layers)
+
+
+def _boundaries(traces: LayerTraces) -> list[int]:
+    """Bytes before each layer and after the last. Of what a layer returns only what the
+    next one reads is sent.
+    """
+    first, *between, last = traces.boundaries
+    sizes = [bytes_of(first)]
+    for shape, layer in zip(between, traces.layers[1:], strict=True):
+        read = layer.programs.arrays_read(X)
+        sizes.append(sum(nbytes(a) for n, a in enumerate(shape.leaves) if n in read))
+    return [*sizes, bytes_of(last)]
+
+
+def _skips(traces: LayerTraces) -> tuple[Sent, ...]:
+    """The skips, array by array: each goes only to the layers that read it. Arrays of
+    one skip with the same readers go together.
+    """
+    # A piece of a function sends all that later ones read as one skip, and each of them
+    # reads its share.
+    found: list[Sent] = []
+    for skip, route in traces.model.routes.items():
+        read = {k: traces.arrays_popped(k, skip) for k in route.readers}
+        sizes: dict[tuple[int, ...], int] = {}
+        for n, a in enumerate(traces.skips[skip].leaves):
+            readers = tuple(k for k in route.readers if n in read[k])
+            if readers:
+                sizes[readers] = sizes.get(readers, 0) + nbytes(a)
+        found += [
+            Sent(route.maker, readers, size, str(skip))
+            for readers, size in sorted(sizes.items())
+        ]
+    return tuple(found)
 
 
 def _borrowed(traces: LayerTraces) -> tuple[Sent, ...]:

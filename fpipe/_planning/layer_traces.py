@@ -92,8 +92,12 @@ class SpanPrograms:
 
     def arrays_read(self, port: Port) -> frozenset[int]:
         """Which arrays of an input the forward or the backward reads."""
-        programs = [self.program("F"), self.program("B")]
-        values = [v for found in programs if found is not None for v in found[0].ins]
+        # What a layer hands on as it is has to come to it too.
+        values = [
+            v
+            for program in self.programs.by_kind.values()
+            for v in (*program.ins, *program.aliases.values())
+        ]
         return frozenset(
             v.leaf.number
             for v in values
@@ -262,6 +266,18 @@ class LayerTraces:
             owner: programs.arrays_read(Port("params", owners[name]))
             for name, owner in borrows[k]
         }
+
+    def arrays_popped(self, k: int, skip: Skip) -> frozenset[int]:
+        """The arrays that a layer reads of a skip that it pops or peeks at."""
+        programs, layers = self.layers[k].programs, self.model.layers
+        (traced,) = programs.joint.flat.stage.span
+        # As above: an equal layer has the same names, perhaps in other namespaces.
+        (name,) = (
+            name
+            for name in (*layers[k].pop, *layers[k].peek)
+            if skip_of(layers[k], name) == skip
+        )
+        return programs.arrays_read(Port("skip", skip_of(layers[traced], name)))
 
     def recomputed(self, k: int, remat: Remat) -> SpanPrograms:
         """A layer under `jax.checkpoint`."""

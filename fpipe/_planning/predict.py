@@ -295,10 +295,7 @@ def _stage_rows(
     model = data.stages[0].model
     # What goes past boundaries: skips, and what is borrowed.
     stage_of = {k: stage.index for stage in data.stages for k in stage.span}
-    sent = [
-        (str(name), value)
-        for name, value in zip(model.routes, costs.skips, strict=True)
-    ]
+    sent = [(value.name, value) for value in costs.skips]
     sent += [(costs.names[value.source], value) for value in costs.borrowed]
     # By the layer that sends, what it is called, and where it goes: several arrays that
     # a layer lends are told together.

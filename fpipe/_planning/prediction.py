@@ -28,7 +28,7 @@ class Crossing(NamedTuple):
     Attributes:
         name: the skip's, or the owner's.
         stage: at the other end.
-        bytes: for one microbatch.
+        bytes: for one microbatch, of the arrays that the later stage reads.
     """
 
     name: str

@@ -55,7 +55,7 @@ def arriving(layers: int, sends: Sequence[Sent]) -> Table:
     read it. Readers may stand before or after the source.
     """
     table = np.zeros((layers + 1, layers + 1))
-    for source, readers, size in sends:
+    for source, readers, size, _ in sends:
         for before, reader in itertools.pairwise([-1, *sorted(readers)]):
             # The spans whose first reader this is: they begin after the reader before.
             table[before + 1 : reader + 1, reader + 1 :] += size
@@ -68,7 +68,7 @@ def arriving(layers: int, sends: Sequence[Sent]) -> Table:
 def leaving(layers: int, sends: Sequence[Sent]) -> Table:
     """What spans send to layers outside: once, however many read it."""
     table = np.zeros((layers + 1, layers + 1))
-    for source, readers, size in sends:
+    for source, readers, size, _ in sends:
         first, last = min(source, *readers), max(source, *readers)
         table[: source + 1, source + 1 :] += size
         # Spans that have all readers inside too send nothing.

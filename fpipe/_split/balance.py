@@ -132,7 +132,7 @@ class _Leanest:
         # What happens to `arriving` when the start moves to before a unit.
         self._made: list[list[tuple[int, float]]] = [[] for _ in range(units)]
         self._read: list[list[tuple[int | None, float]]] = [[] for _ in range(units)]
-        for source, readers, size in sent:
+        for source, readers, size, _ in sent:
             later: int | None = None
             for reader in sorted(set(readers), reverse=True):
                 self._read[reader].append((later, size))

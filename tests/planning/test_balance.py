@@ -130,12 +130,12 @@ class Puzzle:
             inside = range(i, j)
             into = sum(
                 b
-                for a, readers, b in self.sends
+                for a, readers, b, _ in self.sends
                 if a not in inside and set(readers) & set(inside)
             )
             out = sum(
                 b
-                for a, readers, b in self.sends
+                for a, readers, b, _ in self.sends
                 if a in inside and set(readers) - set(inside)
             )
             dearest = max(
@@ -631,7 +631,10 @@ def test_skips_of_a_u_net_and_borrowed_weights():
         add().isolate(one),
     ]
     known = fpipe.layer_costs(layers, shape(6, 4), chunks=2)
-    assert known.skips == (Sent(0, (5,), 3 * 4 * 4), Sent(2, (4,), 3 * 4 * 4))
+    assert known.skips == (
+        Sent(0, (5,), 3 * 4 * 4, "skip#0"),
+        Sent(2, (4,), 3 * 4 * 4, "skip#1"),
+    )
     assert known.borrowed == ()
     tied = fpipe.layer_costs(models()["tied"], shape(6, 4))
     # Of two arrays one is read.

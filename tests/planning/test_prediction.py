@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import jax
@@ -54,6 +55,46 @@ def test_the_rows_of_the_stages():
     # Two products of 4 rows, and what is added to them.
     assert third.work["F"] >= 2 * 4 * (4 * 6 + 6 * 4)
     assert set(first.work) == {"F", "B"}
+
+
+def test_what_crosses_is_what_a_recording_counts():
+    """Stage 1 reads a part of what stage 0 makes, of the boundary and of a skip; stage
+    2 reads more of the skip.
+    """
+
+    @fpipe.skippable(stash=["two"])
+    def begin(w, x, *, carry):
+        two = {"narrow": (x @ w)[:, :1], "unread": 3 * x, "wide": jnp.tanh(x @ w)}
+        return (x @ w, 2 * x), fpipe.stash(carry, "two", two)
+
+    @fpipe.skippable(peek=["two"])
+    def some(w, x, *, carry):
+        return x[0] @ w + fpipe.peek(carry, "two")["narrow"], carry
+
+    @fpipe.skippable(pop=["two"])
+    def rest(w, x, *, carry):
+        two, carry = fpipe.pop(carry, "two")
+        return x @ w + two["narrow"] * two["wide"], carry
+
+    pipe = fpipe.Pipe([begin, some, rest], chunks=2)
+    params, x = pipe.place([jnp.eye(WIDTH)] * 3), jnp.ones((ROWS, WIDTH))
+    plan = pipe.plan(params, x, x, loss_fn=mse)
+    _, recorded = pipe.record(pipe.value_and_grad(mse), params, x, x)
+    wide, narrow = ROWS // 2 * WIDTH * 4, ROWS // 2 * 4
+    assert [row.boundary for row in plan.stages] == [wide, wide, 0]
+    assert plan.stages[0].stashed == (("two", 1, narrow), ("two", 2, narrow + wide))
+    # Two microbatches, and a cotangent of all.
+    moved = Counter[tuple[int, int]]()
+    for transfer in recorded.transfers:
+        moved[transfer.source, transfer.target] += transfer.bytes
+    assert moved == {
+        (0, 1): 2 * (wide + narrow),
+        (0, 2): 2 * (wide + narrow),
+        (1, 2): 2 * wide,
+        (2, 1): 2 * wide,
+        (1, 0): 2 * (wide + narrow),
+        (2, 0): 2 * (wide + narrow),
+    }
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])

@@ -20,7 +20,7 @@ def received(sizes, sent):
     stage = [s for s, count in enumerate(sizes) for _ in range(count)]
     return sum(
         size * len({stage[reader] for reader in readers} - {stage[source]})
-        for source, readers, size in sent
+        for source, readers, size, _ in sent
     )
 
 
