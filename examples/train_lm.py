@@ -381,9 +381,10 @@ def train(pipeline: fpipe.ValueAndGrad, args: argparse.Namespace) -> TrainState:
         state = load(saved, pipeline, state, args)
         print(f"going on from step {int(state.step)} of {args.checkpoints}")
     count = sum(a.size for a in jax.tree.leaves(pipeline.split.param_shapes))
+    devices = {d for a in jax.tree.leaves(state.params) for d in a.devices()}
     print(
         f"GPT of {args.blocks} blocks, {count:,} parameters; {args.stages} stages, "
-        f"{args.executor}"
+        f"{len(devices)} devices, {args.executor}"
     )
 
     step, evaluate = stepper(pipeline), pipeline.evaluate

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 
 from fpipe._core.errors import noting
+from fpipe._core.meshes import no_mesh
 from fpipe._core.pytrees import (
     PyTree,
     Spec,
@@ -121,7 +122,7 @@ class Init:
         return eval_shape(self._run, *self._given)
 
     def traced(self, layers_of: Callable[[PyTree], Sequence[PyTree]]) -> "TracedInit":
-        """Its trace, once for all stages.
+        """Its trace, once for all stages that share a mesh in the context.
 
         Arguments:
             layers_of: parameters as layers take them, one entry per layer.
@@ -218,8 +219,13 @@ def make_state(
     """
     key = jax.random.key(0) if key is None else key
     params = (pieces.param_shapes,)
+
     # All of it at once: a state is small, or it is of rows and begins with zeros.
-    whole: Put = lambda _, make, key: make(key)  # noqa: E731
+    def whole(piece: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+        del piece
+        with no_mesh():
+            return make(key)
+
     model = Model([function])
     state = init_state(model, x, needs, params, key, whole, batch, ready)[0]
     return tuple(

@@ -21,6 +21,8 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from fpipe._core.pytrees import PyTree, pack
 from fpipe._executors.call import Args, Result
 from fpipe._executors.placement import Placement
@@ -36,7 +38,7 @@ from fpipe._model.needs import call_needs
 from fpipe._model.stages import SIDE, Leaf, X
 from fpipe._model.straight import StraightInputs, arrays_in_place, rejoined
 from fpipe._planning.costs import LayerCosts
-from fpipe._split.init import Init, make_state
+from fpipe._split.init import Init, TracedInit, make_state
 from fpipe._split.split import Split
 
 
@@ -316,7 +318,16 @@ class FunctionTrees(UserTrees):
 
     def init_by(self, init: Init, put: Put) -> PyTree:
         """Parameters as an init function makes them."""
-        make = init.traced(self.split.params).make
+        traces: dict[Any, TracedInit] = {}
+
+        # Traced where it runs, for a trace holds the mesh of its context: in most pipes
+        # there is none, and this is one trace.
+        def make(k: int, key: Any) -> PyTree:
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh not in traces:
+                traces[mesh] = init.traced(self.split.params)
+            return traces[mesh].make(k, key)
+
         pieces = range(len(self.split))
         made = [put(k, functools.partial(make, k), init.key) for k in pieces]
         return self.split.tree(made)

@@ -356,12 +356,13 @@ def test_the_language_model_prints_the_same_losses_with_both_executors(
         assert "\nThe " in done.stdout  # the sample
         return found, done.stdout
 
-    want, printed = losses()
+    mesh = "--mesh", "2,2,2"
+    want, printed = losses(*mesh)
     assert list(want) == ["3", "6"]
-    assert "2 blocks, 10,944 parameters; 2 stages, scan" in printed
+    assert "2 blocks, 10,944 parameters; 2 stages, 8 devices, scan" in printed
     shutil.rmtree(tmp_path / "6")
-    # Another executor goes on where that one was, with four devices for a stage.
-    again, printed = losses("--executor", "placed", "--mesh", "2,2,2")
+    # Another executor goes on where that one was, with four devices for a stage too.
+    again, printed = losses("--executor", "placed", *mesh)
     assert "going on from step 3" in printed
     assert again == {"6": want["6"]}
     # Text is written with what has been trained.

@@ -39,12 +39,15 @@ class Block(nn.Module):
     annotate: Any = nn.with_partitioning
     columns: Any = COLUMNS
     rows: Any = ROWS
+    names_axes: bool = False
 
     @nn.compact
     def __call__(self, x):
         columns = self.annotate(kernel, self.columns)
         rows = self.annotate(kernel, self.rows)
         h = nn.Dense(HIDDEN, kernel_init=columns)(x)
+        if self.names_axes:
+            h = jax.lax.with_sharding_constraint(h, P(*COLUMNS))
         return x + nn.Dense(WIDTH, kernel_init=rows)(jnp.tanh(h))
 
 
@@ -117,6 +120,37 @@ def test_a_function_of_linen_parameters():
         assert specs == BOTH
         assert jax.tree.structure(step.gather(grads)) == jax.tree.structure(params)
         assert_same((loss, step.gather(grads)), jax.value_and_grad(loss_fn)(params, X))
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_what_makes_parameters_sees_no_mesh_unless_it_asks_for_one(executor):
+    model, options = Net(), {"mesh": MODEL, "chunks": 2, "executor": executor}
+    annotated = model.init(KEY, X)["params"]
+    want = nn.unbox(annotated)
+    # In `unbox` Flax fixes how an array lies, over the mesh of the context.
+    step = functools.partial(
+        fpipe.value_and_grad,
+        functools.partial(linen_loss, model),
+        stages=2,
+        init=lambda key: nn.unbox(model.init(key, X)["params"]),
+        **options,
+    )
+    spec = nn.get_partition_spec(annotated)
+    steps = [step(specs=specs) for specs in (spec, None)]
+    if executor == "placed":
+        # The meshes of two stages have other numbers of devices.
+        devices = [Mesh(MODEL.devices[:, 0], "model"), MODEL.devices[0, 1]]
+        steps.append(step(mesh=None, devices=devices))
+    for own in steps:
+        assert_same(own.gather(own.init(KEY, X)), want)
+    # The `init` of a module runs its call, which may name axes; one layer is not cut.
+    named = Block(names_axes=True), Block(lambda f, _: f, names_axes=True)
+    pipe = fpipe.Pipe(list(map(fpipe.flax.layer, named)), **options)
+    plain = [fpipe.flax.layer(Block()), fpipe.flax.layer(Block(lambda f, _: f))]
+    assert_same(
+        nn.unbox(pipe.gather(pipe.init(KEY, X))),
+        nn.unbox(fpipe.sequential(plain, chunks=2).init(KEY, X)),
+    )
 
 
 def test_a_function_of_nnx_variables():

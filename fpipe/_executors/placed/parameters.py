@@ -20,8 +20,13 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.errors import shown
 from fpipe._core.meshes import no_mesh
 from fpipe._core.processes import gather, is_ghost, whole_here
-from fpipe._core.pytrees import PyTree, eval_shape, is_array, map_arrays, pack
-from fpipe._executors.parameter_cuts import make_cut, param_shardings, sharding_at
+from fpipe._core.pytrees import PyTree, is_array, map_arrays, pack
+from fpipe._executors.parameter_cuts import (
+    make_cut,
+    param_shardings,
+    shapes_made,
+    sharding_at,
+)
 from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Layout
 from fpipe._model.stages import Leaf, Port
@@ -62,7 +67,7 @@ class Parameters:
         """
         home = self.layout.home(layer)
         if not home.is_here:
-            return eval_shape(make, key)
+            return shapes_made(make, key, home).shapes
         # Made there, and not made on the first device and moved: that device would need
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.

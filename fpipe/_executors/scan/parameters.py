@@ -27,12 +27,16 @@ from fpipe._core.pytrees import (
     Shape,
     Tracer,
     copied,
-    eval_shape,
     float0_like,
     is_traced,
     pack,
 )
-from fpipe._executors.parameter_cuts import axes_of, make_cut, param_shardings
+from fpipe._executors.parameter_cuts import (
+    axes_of,
+    make_cut,
+    param_shardings,
+    shapes_made,
+)
 from fpipe._executors.placement import Placement, sub_meshes
 from fpipe._executors.scan.mesh import by_stage, on_device, replicated
 from fpipe._executors.scan.packing import Entry, Packed, Packing, Row
@@ -153,10 +157,10 @@ class Parameters:
         only its shapes.
         """
         here = self._devices_of[layer]
-        if not here:
-            return eval_shape(f, key)
-        own = self._model.layers[layer]
         home = self.places[self._place_of[layer]]
+        if not here:
+            return shapes_made(f, key, home).shapes
+        own = self._model.layers[layer]
         cut = make_cut(own, f"layer {layer} {own.name!r}", f, key, home)
         if cut is not None:
             return cut
