@@ -201,6 +201,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Code within a sentence is broken between words."""
+    """Code within a sentence is broken between words.
+
+    And mkdocstrings' bracket behind a default begins no line.
+    """
     del page, config, files
-    return unbroken(html)
+    return unbroken(html).replace("</code>\n)", "</code>)")

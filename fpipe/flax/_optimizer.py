@@ -100,7 +100,7 @@ class Parameters(nnx.Module):
         It shows the parameters to `tx` in the form of the pipe.
 
         Arguments:
-            tx: any optax transformation, or `fpipe.optim.per_stage(tx)`. The page of
+            tx: any optax transformation, or `fpipe.optim.per_stage(tx)`. The text of
                 `per_stage` says which transformations need it.
 
         Returns:
