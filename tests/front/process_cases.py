@@ -63,6 +63,8 @@ DIFFERENT = [
     borrower(),
 ]
 CASE = Case(DIFFERENT, chunks=4, rows=8)
+# Of two rows a norm would leave signs alone, and gradients of rounding errors.
+NORMED = Case([*DIFFERENT, fpipe.DeferredBatchNorm()], chunks=4, rows=16)
 PLAIN = Case([dense()] * 4, chunks=4, rows=8)
 SMALL = Case([counter(), dense()], chunks=2, rows=4)
 
@@ -519,8 +521,8 @@ def by(name):
 
 CASES = {
     "step": Of(
-        lambda devices: trained(CASE, devices, loss_and_rows, ALL, balance=[5, 4]),
-        lambda: reference(CASE, loss_and_rows, ALL),
+        lambda devices: trained(NORMED, devices, loss_and_rows, ALL, balance=[5, 5]),
+        lambda: reference(NORMED, loss_and_rows, ALL),
     ),
     "threads": Of(
         lambda devices: trained(
