@@ -431,7 +431,10 @@ def made_cut(places):
     def init(key, x):
         assert isinstance(key, Tracer)
         assert plain.init is not None
-        return plain.init(key, x)
+        made = plain.init(key, x)
+        # It may name axes of its stage.
+        cut = jax.lax.with_sharding_constraint(made["w"], P(None, "data"))
+        return {**made, "w": cut}
 
     plain = dense()
     layer = dataclasses.replace(
