@@ -21,7 +21,7 @@ from tests import scripts
 from tests.helpers import HANG
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = ["--depth", "2", "--channels", "4", "--size", "16", "--batch", "8"]
+SMALL = ["--depth", "1", "--channels", "4", "--size", "16", "--batch", "8"]
 
 
 def run(script, *arguments):
