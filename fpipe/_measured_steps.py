@@ -38,7 +38,7 @@ from fpipe._core.pytrees import (
     zeros,
     zeros_like,
 )
-from fpipe._core.settings import explicit_transfers
+from fpipe._core.settings import explicit_transfers, unchecked
 from fpipe._executors.call import Args
 from fpipe._executors.placed.pace import LOOKED_AT
 from fpipe._executors.scan.packing import Packed
@@ -208,8 +208,7 @@ def _context(pipe: Pipe) -> Iterator[None]:
     with (
         pipe._context(),
         jax.disable_jit(False),
-        jax.debug_nans(False),
-        jax.debug_infs(False),
+        unchecked(),
     ):
         yield
 

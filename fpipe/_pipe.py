@@ -24,7 +24,7 @@ from fpipe._core.errors import shown
 from fpipe._core.forks import check_process
 from fpipe._core.meshes import in_trace
 from fpipe._core.pytrees import PyTree, map_arrays, numbers_as_arrays, strong
-from fpipe._core.settings import explicit_transfers
+from fpipe._core.settings import explicit_transfers, unchecked
 from fpipe._core.statics import check_leaves
 from fpipe._executors.added_actions import Offload, Recompute
 from fpipe._executors.call import (
@@ -706,8 +706,7 @@ class Pipe(Call):
         with (
             self._context(),
             jax.disable_jit(False),
-            jax.debug_nans(False),
-            jax.debug_infs(False),
+            unchecked(),
             explicit_transfers(),
         ):
             needs = call_needs(side=side, key=key, train=train, step=step)

@@ -17,6 +17,7 @@ import dataclasses
 import jax
 
 from fpipe._core.pytrees import PyTree
+from fpipe._core.settings import checked
 from fpipe._executors.call import Args, Result
 from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import recorders_of
@@ -43,12 +44,14 @@ class Eager:
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`, which JAX can transform in any way."""
-        y, state = self.plain.forward(self._collected(args))
+        with checked():
+            y, state = self.plain.forward(self._collected(args))
         return self.executor.deliver(y), self.executor.deliver_state(state)
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
-        result = self.plain.loss(self._collected(args), loss, argnums)
+        with checked():
+            result = self.plain.loss(self._collected(args), loss, argnums)
         gradients = tuple(
             g if n else self.executor.spread(g, args.params)
             for n, g in zip(argnums, result.gradients, strict=True)

@@ -21,6 +21,7 @@ from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args, Result
 from fpipe._executors.plan_data import PlanData
 from fpipe._executors.progress import Progress
+from fpipe._executors.request import CallKind
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
 from fpipe._model.stages import Leaf, Stage
@@ -70,8 +71,12 @@ class Executor(Protocol):
     @property
     def is_over_processes(self) -> bool: ...
 
-    def schedule(self, microbatches: int) -> Schedule:
-        """The schedule for that many microbatches, checked against the model."""
+    def schedule(
+        self, microbatches: int, kind: CallKind = CallKind.GRADIENT
+    ) -> Schedule:
+        """The schedule of such a call with that many microbatches, checked against the
+        model.
+        """
         ...
 
     def context(self) -> AbstractContextManager[Any]:

@@ -21,8 +21,8 @@ from tests import scripts
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MEASURED = "docs/benchmarks.md"  # its text is what was measured once
-# Its Python blocks with a title need packages that are not installed here:
-# `examples/real_models/check.py --page` runs them.
+# `examples/real_models/check.py --page` runs its Python blocks in CI, and compares what
+# they print. Those with a title need packages that are not installed here.
 SCRIPTED = "docs/your_model.md"
 PAGES = [
     "README.md",
@@ -32,7 +32,7 @@ TESTED = [page for page in PAGES if page != MEASURED]
 # What a new user, a contributor and CI run; all other commands are run here.
 INSTALL = [
     'pip install -e ".[examples]" && python examples/train_unet.py',
-    'pip install -e ".[test]" && python -m pytest -n 2',
+    'pip install -e ".[test]" && python -m pytest -n 3',
     'pip install -e ".[test]" && python -m pytest -m quick -n 2',
     ".ci/run",
     "python -m tests.house",  # `tests/test_imports.py` compares the drawing
@@ -90,7 +90,7 @@ def command(text):
     return words[1:]
 
 
-@pytest.mark.parametrize("page", TESTED)
+@pytest.mark.parametrize("page", [page for page in TESTED if page != SCRIPTED])
 def test_the_python_blocks_run_one_after_the_other_and_print_what_the_text_blocks_show(
     page, tmp_path
 ):

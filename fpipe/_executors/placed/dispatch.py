@@ -31,7 +31,7 @@ from fpipe._core.errors import add_note
 from fpipe._core.meshes import is_explicit
 from fpipe._core.processes import alive, connect, ghost, is_here, meet
 from fpipe._core.pytrees import eval_shape, is_inexact, nbytes
-from fpipe._core.settings import debugging
+from fpipe._core.settings import checked, debugging
 from fpipe._executors.placed.compile import Progress, compile_plan, slot_shapes
 from fpipe._executors.placed.crossing import Crossing, agree, links_of
 from fpipe._executors.placed.instructions import (
@@ -300,17 +300,18 @@ class ReadyPlan:
                 del failure
         # One thread: there is one share at most. `step` is what the loop had reached
         # when it raised.
-        for share in shares:
-            step = share.steps[0]
-            try:
-                for step in share.steps:
-                    read, call, outs, frees = step.issue
-                    slots[outs] = call(*read(slots))
-                    for slot in frees:
-                        slots[slot] = None
-            except Exception as error:
-                add_note(error, f"while dispatching {self._described(step.item)}")
-                raise
+        with checked():
+            for share in shares:
+                step = share.steps[0]
+                try:
+                    for step in share.steps:
+                        read, call, outs, frees = step.issue
+                        slots[outs] = call(*read(slots))
+                        for slot in frees:
+                            slots[slot] = None
+                except Exception as error:
+                    add_note(error, f"while dispatching {self._described(step.item)}")
+                    raise
 
     @property
     def threaded(self) -> bool:

@@ -144,7 +144,9 @@ class Placed:
     def schedule(
         self, microbatches: int, kind: CallKind = CallKind.GRADIENT
     ) -> Schedule:
-        """The schedule for that many microbatches, checked against the model."""
+        """The schedule of such a call with that many microbatches, checked against the
+        model.
+        """
         return schedule_of(
             self.scheduling, self.stage_to_device, self.stages, microbatches, kind
         )

@@ -34,7 +34,7 @@ from fpipe._core.pytrees import (
     is_traced,
     pack,
 )
-from fpipe._core.settings import debugging, settings
+from fpipe._core.settings import debugging, settings, unchecked
 from fpipe._executors.call import Args, Result
 from fpipe._executors.not_finite import check_finite
 from fpipe._executors.placement import Unshard
@@ -130,7 +130,9 @@ class Scan:
     def schedule(
         self, microbatches: int, kind: CallKind = CallKind.GRADIENT
     ) -> Schedule:
-        """The schedule for that many microbatches, checked against the model."""
+        """The schedule of such a call with that many microbatches, checked against the
+        model.
+        """
         return schedule_of(
             self.scheduling, self.stage_to_device, self.stages, microbatches, kind
         )
@@ -461,7 +463,7 @@ class Scan:
         # JAX would look for NaNs in what the program returns, and run it again without
         # `jit`, operation by operation: a scan over a mesh takes minutes so. The layers
         # alone do not: `Pipe` runs them if this finds one.
-        with jax.debug_nans(False), jax.debug_infs(False):
+        with unchecked():
             out = self._dispatch(step, name, *arrays)
         # What is left for the backward may hold what nobody reads.
         check_finite(out[:2] if name == "forward" else out, name)
