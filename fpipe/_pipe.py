@@ -122,11 +122,11 @@ class Pipe(Call):
             gradient is then scattered once, after the last backward. `"action"`: once
             in each action, which takes less memory and more time. Each backward then
             scatters the gradient. Without a mesh the option does nothing.
-        dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
-            the calling thread, in the order in which the simulated schedule starts its
-            actions. `"thread_per_device"` starts a thread for each device, and ends it
-            with the call. It keeps devices busy when a dispatch waits for its program,
-            and costs more time on the host. `"auto"`
+        dispatch: the threads that dispatch programs to the devices. With `"one_thread"`
+            the calling thread dispatches all of them, in the order in which the
+            simulated schedule starts its actions. `"thread_per_device"` starts a thread
+            for each device, and ends it with the call. It keeps devices busy when a
+            dispatch waits for its program, and costs more time on the host. `"auto"`
             (default) uses threads if a layer calls Python while it runs
             (`jax.pure_callback`, `io_callback`, `jax.debug.print`), because such a
             dispatch waits. It also measures the first calls. If launches are slow and
@@ -145,12 +145,14 @@ class Pipe(Call):
             the backward. `"early"`: as an action of its own, `R`, which may run while
             the backward's cotangent is on its way; see
             `fpipe.schedules.early_recompute`. The schedule gets an `R` for each
-            backward that recomputes by `checkpoint`; under `"placed"` none right before
-            a backward whose cotangent its own device has made. A schedule that has an
-            `R` already stays as it is. `"auto"` (default) is what was measured to be
-            better: `"early"` under `"placed"`, and `"with_backward"` under `"scan"`. It
-            leaves a `Schedule` that is given as data as it is. Early recomputation
-            holds the residuals of at most one more microbatch on a device.
+            backward that recomputes by `checkpoint`. Under `"placed"` an `R` right
+            before its own backward is left out if the same device makes the cotangent
+            of that backward. A schedule that has an `R` already stays as it is.
+            `"auto"` (default) is what was measured to be better: `"early"` under
+            `"placed"`, and `"with_backward"` under `"scan"`. With `"auto"`, a
+            `Schedule` that is given as data stays as it is. Early recomputation holds
+            the residuals (what a backward reads of its forward) of at most one more
+            microbatch on a device.
         offload: the largest number of microbatches that a device holds, or a sequence
             of one number for each device. The residuals of all other microbatches wait
             in the memory of the host; see `fpipe.schedules.offload`. A device with

@@ -121,10 +121,11 @@ def tune(
 
     With `measure=k` it runs the best `k`, and chooses by their measured steps.
 
-    `tune` predicts a training step for every combination, as `Pipe.plan` does. It sorts
-    the combinations that fit into `memory` by the time of a step. If two take the same
-    time, the one with less memory is first. Predictions come from shapes alone; only
-    `by="time"` and `measure` run programs.
+    Every combination of chunks, schedule and checkpoint mode is a candidate, with the
+    best balance for it. `tune` predicts a training step for each candidate, as
+    `Pipe.plan` does. It sorts the candidates that fit into `memory` by the time of a
+    step. If two take the same time, the one with less memory is first. Predictions come
+    from shapes alone; only `by="time"` and `measure` run programs.
 
     A prediction does not know that small microbatches keep a device less busy;
     `by="time"` measures this. It does not know the memory that programs need for

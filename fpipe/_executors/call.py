@@ -179,7 +179,7 @@ class Call(abc.ABC):
         Returns:
             `y`, or `(y, state)` if `state` was given. The outputs of the microbatches
             are concatenated on axis 0, or on the axis of an `fpipe.Chunk` that the last
-            layer returns. 0-d outputs are stacked to `(m,)`.
+            layer returns. 0-d outputs are stacked to `(m,)`, for `m` microbatches.
 
         Raises:
             TypeError: `x` has no array. Or the call is traced, and the executor cannot
@@ -215,7 +215,8 @@ class Call(abc.ABC):
             loss_fn: `loss_fn(y, *targets)`, which returns a scalar. It runs on the last
                 stage, for each microbatch.
             has_aux: whether `loss_fn` returns `(loss, aux)`. The `aux` of the
-                microbatches is stacked on a new first axis of length `m`.
+                microbatches is stacked on a new first axis, with one entry for each
+                microbatch.
             reduction: how the losses of the microbatches are combined. `"mean"` weighs
                 them by their rows, and `"sum"` adds them. For `"weighted"` `loss_fn`
                 returns `(sum, weight)`; the total sum is divided by the total weight
@@ -226,12 +227,12 @@ class Call(abc.ABC):
                 array)`, with a path such as `"0/w"` in layer 0, or `"h/1/w"` in the own
                 tree of a function that was split. (`jax.tree_util.keystr(path,
                 simple=True, separator="/")` writes such a path.) Or it is a pytree of
-                bools in the structure of the parameters or of the upper part of their
-                tree: `(True, False, {"w": True, "b": False})`. No gradient is computed
-                for them: `float0` stands in its place, as for integers. In an
-                `fpipe.Packed` they may share an array with other parameters; their
-                gradients are then zeros, and `pipe.gather` returns `float0`. Default:
-                none.
+                bools in the structure of the parameters: `(True, False, {"w": True,
+                "b": False})`. A bool in place of a whole subtree holds for all
+                parameters in it. A frozen parameter has `float0` in place of a
+                gradient, as an integer has. In an `fpipe.Packed` frozen parameters may
+                share an array with other parameters; their gradients are then zeros,
+                and `pipe.gather` returns `float0`. Default: none.
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,
@@ -240,11 +241,12 @@ class Call(abc.ABC):
             grads` or `((loss, aux), state), grads`, with the new state.
 
             `grads` are gradients of an earlier call. The new gradients are added to
-            them, and they stay valid. `loss_scale` is a number or a 0-d array. The loss
-            is multiplied by it before the backward, and the summed gradients are
-            divided by it (Micikevicius et al., arXiv 1710.03740). It keeps small
-            float16 gradients from vanishing. If the total weight of `"weighted"` is 0,
-            the loss is NaN; return `jnp.maximum(weight, 1)` to avoid that.
+            them. The arrays of the earlier call stay valid. `loss_scale` is a number or
+            a 0-d array. The loss is multiplied by it before the backward, and the
+            summed gradients are divided by it (Micikevicius et al., arXiv 1710.03740).
+            It keeps small float16 gradients from vanishing. If the total weight of
+            `"weighted"` is 0, the loss is NaN; return `jnp.maximum(weight, 1)` to avoid
+            that.
 
         Raises:
             TypeError: `loss_fn` is no function, or returns no scalar. `argnums` are no

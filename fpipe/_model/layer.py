@@ -36,11 +36,12 @@ class Layer:
     """A layer of the model: a pure function and its declarations.
 
     Arguments:
-        apply: `apply(params, x, **needs)`; `x` is any pytree. The function asks for a
-            need by naming it as a keyword-only parameter:
+        apply: `apply(params, x, **needs)`; `x` is any pytree. A need is a further value
+            that a call gives to a layer. The function asks for a need by naming it as a
+            keyword-only parameter:
 
-            - `carry`: a dict of the skips that the layer pops or peeks; see
-              `fpipe.stash` and `fpipe.pop`.
+            - `carry`: a dict of the skips that the layer pops or peeks. A skip is a
+              value that an earlier layer stashed; see `fpipe.stash` and `fpipe.pop`.
             - `state`: the layer's state. It goes from microbatch to microbatch in
               order, under `stop_gradient`, and keeps its structure, shapes and dtypes.
             - `key`: a PRNG key of this layer and microbatch, `fold_in(fold_in(key,
@@ -89,10 +90,10 @@ class Layer:
             What the layer itself returns for them is ignored. `True` means all entries.
         spec: how the parameters are sharded over the axes of a stage's mesh (tensor
             parallelism). A `jax.sharding.PartitionSpec` holds for all parameters. A
-            tree of specs has the form of the parameters, or of the upper part of their
-            tree; `None` in it leaves a parameter as it is given: with the spec of
-            a Flax box around the array, or else with the array's own sharding. A stage
-            on one device ignores `spec`.
+            tree of specs has the form of the parameters. A spec in place of a whole
+            subtree holds for all parameters in it. `None` leaves a parameter as it is
+            given: with the spec of a Flax box around the array, or else with the
+            array's own sharding. A stage on one device ignores `spec`.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:

@@ -103,10 +103,10 @@ class Microbatches:
     """Ready-made microbatches, in the place of an input that would be cut.
 
     The shapes of the microbatches may differ, for example in the lengths of sequences.
-    Their structure, dtypes and static leaves must be equal. The number of pieces is the
-    call's number of microbatches, whatever `chunks` says. The call's other inputs are
-    cut into the same number, or are `Microbatches` too. `pipe(...)` then returns
-    `Microbatches`.
+    Their structure, dtypes and static leaves (those that are no arrays) must be equal.
+    The number of pieces is the call's number of microbatches, whatever `chunks` says.
+    The call's other inputs are cut into the same number, or are `Microbatches` too.
+    `pipe(...)` then returns `Microbatches`.
 
     Each set of shapes is compiled once. `reduction="mean"` weighs a microbatch by the
     rows of the first array of `x`. `"weighted"` is exact for any lengths.
@@ -164,8 +164,9 @@ class PerRow:
     """A value in a loss function's `aux` that has one entry for each row.
 
     The caller gets the entries of all rows: the values of the microbatches are
-    concatenated on axis 0. Other leaves of `aux` are stacked on a new axis of `m`
-    microbatches. If the inputs are `Microbatches`, the caller gets `Microbatches`.
+    concatenated on axis 0. Other leaves of `aux` are stacked on a new axis, with one
+    entry for each microbatch. If the inputs are `Microbatches`, the caller gets
+    `Microbatches`.
 
     Arguments:
         value: an array, or a pytree of arrays, with the rows on axis 0.

@@ -112,7 +112,7 @@ def balance(
             of `layer_costs`. `"memory"` is the memory that the stage needs, as a share
             of its limit if `memory` is given. Default: `"flops"`; for an `fpipe.Split`
             the estimated time, as for a `Pipe`; for a `LayerCosts` the measure that it
-            was made with, which only `"memory"` replaces.
+            was made with, and then only `"memory"` may be given in its place.
         speeds: the speeds of the devices, one number or one for each. With `bandwidth`
             they are work per second (FLOP/s for `"flops"`). Otherwise only their ratios
             count. Default: all equal.

@@ -65,8 +65,8 @@ class LayerCosts:
             next one. A stage with both layers keeps them once.
         saved: bytes that a recomputed stage keeps besides its inputs: states, and
             values that the checkpoint policy saves on the device.
-        boundaries: bytes that the layer hands to the next one, without what that one
-            does not read. For the last layer, the bytes of the model's output.
+        boundaries: bytes that the layer hands to the next one. Only what the next layer
+            reads counts. For the last layer, the bytes of the model's output.
         inputs: bytes of one microbatch of the model's input.
         skips: the skips, with their ends and bytes. An array that nobody reads is not
             sent. Arrays of one skip with the same readers are one entry.

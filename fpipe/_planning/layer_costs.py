@@ -118,15 +118,15 @@ def layer_costs(
 
     Other Arguments:
         by: the measure of work. `"flops"` and `"bytes"` (read and written) are XLA's
-            counts for the lowered forward and backward. The body of a
-            `lax.scan` counts as often as it runs. Work inside a foreign call, such as a
-            Pallas kernel or a callback, is not counted. `"time"` is in seconds: the
-            shortest of `repeats` runs on one device, after a warm-up. The layers run in
-            turns, so that what else the machine does for a moment lengthens no layer
-            alone. The host's time to launch an action is measured too (`launch`).
-            `"memory"` counts no work, only memory. Default: `"flops"`; for an
-            `fpipe.Split` its time, estimated from the trace as for a `Pipe`, in FLOPs
-            of a large matrix product that takes as long.
+            counts for the lowered forward and backward. The body of a `lax.scan` counts
+            as often as it runs. Work inside a foreign call, such as a Pallas kernel or
+            a callback, is not counted. `"time"` is in seconds: the shortest of
+            `repeats` runs on one device, after a warm-up. The layers run in turns, so
+            that what else the machine does for a moment lengthens no layer alone. The
+            host's time to launch an action is measured too (`launch`). `"memory"`
+            counts no work, only memory. Default: `"flops"`; for an `fpipe.Split` its
+            time, estimated from the trace as for a `Pipe`. The unit is then the FLOPs
+            that a large matrix product does in that time.
         side: side inputs, or their shapes. Default: none.
         chunks: the number of microbatches that the batch is cut into, as for `Pipe`.
             Default: 1, so `x` is one microbatch.

@@ -154,8 +154,8 @@ class Prediction:
         devices: a row for each device, at the moment when its memory is fullest:
             `name`, `memory` (bytes by purpose), `peak` (their sum), `doing` (what runs
             then), `limit` (bytes), `missing` (bytes over the limit) and `host` (bytes
-            of residuals that a policy or an `O` moves to the host's memory; `peak`
-            does not count them).
+            of residuals that a checkpoint policy, or an `O` of the schedule, moves to
+            the host's memory; `peak` does not count them).
         inputs: a row for each leaf of `x`, `side` and targets: `name`, `value` (dtype
             and shape), `gets` (`"rows"`, `"whole"`, `"static"` or `"ready"`), `axis`
             (the axis of its rows) and `rows` (of each microbatch).

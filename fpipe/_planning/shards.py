@@ -83,10 +83,10 @@ class ShardedArray:
 def shards_svg(tree: PyTree) -> str:
     """Draw which device holds which part of each array, as an SVG document.
 
-    Each array has a row, and each device a column. A frame is the whole array: its
-    first sharded axis goes down and the second one to the right, or the first axes if
-    fewer are sharded. Devices that hold parts of the same arrays have one colour. The
-    last row has the bytes of each device.
+    Each array has a row, and each device a column. A frame is the whole array. It shows
+    two axes, one down and one to the right: the first two that are sharded. If fewer
+    are sharded, the first of the other axes take their place. Devices that hold parts
+    of the same arrays have one colour. The last row has the bytes of each device.
 
     Arguments:
         tree: a pytree of arrays: placed parameters, gradients, the state of an

@@ -658,11 +658,11 @@ def split(
             before the first use of its parameters.
         specs: how parameters are sharded over the meshes of stages, as for
             `Layer(spec=...)`. A `jax.sharding.PartitionSpec` holds for all parameters.
-            A tree of specs has the form of `params`, or of the upper part of the tree;
-            `None` in it leaves a parameter as it is given: with the spec of a Flax box
-            around the array, or else with the array's own sharding. For stacked
-            parameters the first entry of a spec is `None`, because their rows belong to
-            several stages.
+            A tree of specs has the form of `params`. A spec in place of a whole subtree
+            holds for all parameters in it. `None` leaves a parameter as it is given:
+            with the spec of a Flax box around the array, or else with the array's own
+            sharding. For stacked parameters the first entry of a spec is `None`,
+            because their rows belong to several stages.
 
     Returns:
         A `Split`. The cuts are the same for all shapes and modes. The function is

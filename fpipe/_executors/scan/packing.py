@@ -417,9 +417,10 @@ class Packed:
 
     It is a pytree. Its leaves are arrays over the mesh, and the first axis of each
     array is the devices. `jax.tree.map` and optax work on it. Checkpoint libraries work
-    on it too, but such a checkpoint only loads for the same partition. `pipe.gather`
-    returns a tuple with one entry per layer, or the tree of a function that was split.
-    After `import fpipe.flax`, `flax.serialization` saves a `Packed` in that form.
+    on it too, but such a checkpoint only loads for the same partition: the same balance
+    on as many devices. `pipe.gather` returns a tuple with one entry per layer, or the
+    tree of a function that was split. After `import fpipe.flax`, `flax.serialization`
+    saves a `Packed` in that form.
 
     Attributes:
         arrays: the arrays. Block `d` of each is on device `d` of the mesh axis
