@@ -177,6 +177,11 @@ class ValueAndGrad:
         with set_aside(), stage_tracing(executor, placements, mesh):
             yield
 
+    def _shapes_by(self, init: Init) -> PyTree:
+        """The shapes of the parameters that an init function makes."""
+        with self._tracing():
+            return init.shapes(jax.sharding.get_abstract_mesh())
+
     def _build(self, call: LossCall, name: str) -> _Built:
         """The pieces and the pipe that take a call. The first call makes them."""
         # With other static arguments, or without a key, a piece may read more values.
@@ -392,7 +397,7 @@ class ValueAndGrad:
         check_key(key)
         init = Init.of(self._init, key, batch, kwargs)
         at = self._function.argnum
-        args = (*batch[:at], init.shapes, *batch[at:])
+        args = (*batch[:at], self._shapes_by(init), *batch[at:])
         built, _, _ = self._called("step.init", args, kwargs, ())
         return built.pipe._init_by(init)
 
@@ -571,7 +576,7 @@ class ValueAndGrad:
             key = call_needs(key=jax.eval_shape(lambda: jax.random.key(0)))["key"]
             own = {k: v for k, v in kwargs.items() if self._function.names(k)}
             rest = (*args[:at], *args[at + 1 :])
-            shapes = Init.of(self._init, key, rest, own).shapes
+            shapes = self._shapes_by(Init.of(self._init, key, rest, own))
         else:
             raise TypeError(
                 f"`{name}(None, batch)`: give the parameters, or their shapes; without "

@@ -9,7 +9,6 @@ sharding for each array. On a mesh data=2 x model=2, of a layer whose spec is
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,9 @@ import jax
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.makers import shapes_made
 from fpipe._core.meshes import no_mesh
-from fpipe._core.pytrees import PyTree, describe, eval_shape, pack
+from fpipe._core.pytrees import PyTree, describe, pack
 from fpipe._executors.placement import Placement
 from fpipe._model.layer import Layer
 from fpipe._model.specs import annotated_specs, axes_in, spread_specs
@@ -81,7 +81,7 @@ def make_cut(
     if place.mesh is None or not place.is_here:
         return None
     try:
-        found = shapes_made(make, key, place)
+        found = shapes_made(place.axes, make, key)
     except jax.errors.JAXTypeError:
         return None
     shapes, spec = pack(found.shapes)
@@ -93,41 +93,6 @@ def make_cut(
     with no_mesh(), place.tracing() if found.in_mesh else contextlib.nullcontext():
         made = jax.jit(lambda key: pack(make(key))[0], out_shardings=lie)(own_key)
     return spec.unpack(made)
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapesMade:
-    """What makes the parameters of a layer, seen without running it.
-
-    Attributes:
-        shapes: of the parameters.
-        in_mesh: whether it was traced over the axes of its stage.
-    """
-
-    shapes: PyTree
-    in_mesh: bool
-
-
-def shapes_made(
-    make: Callable[[Any], PyTree], key: Any, place: Placement
-) -> ShapesMade:
-    """The shapes of what `make(key)` makes.
-
-    It sees no mesh, whatever the context has: by its annotations Flax would fix how an
-    array lies, over a mesh that may have other devices than the layer's. What names
-    axes itself, as a module does whose call is part of its `init`, is traced over those
-    of its stage.
-    """
-    with no_mesh():
-        try:
-            return ShapesMade(eval_shape(make, key), in_mesh=False)
-        # JAX raises the one without a mesh, and Flax's NNX the other. An error that has
-        # nothing to do with a mesh comes again.
-        except (RuntimeError, ValueError):
-            if place.axes is None:
-                raise
-        with place.tracing():
-            return ShapesMade(eval_shape(make, key), in_mesh=True)
 
 
 def cut_as_said(

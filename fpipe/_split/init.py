@@ -24,14 +24,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from fpipe._core.errors import noting
-from fpipe._core.meshes import no_mesh
+from fpipe._core.makers import made_whole, shapes_made
 from fpipe._core.pytrees import (
     PyTree,
     Spec,
     aval,
-    eval_shape,
     is_traced,
     numbers_as_arrays,
     pack,
@@ -116,10 +116,13 @@ class Init:
         with noting("in `init`, which makes the parameters"):
             return numbers_as_arrays(self.fn(key, *args, **kwargs))
 
-    @property
-    def shapes(self) -> PyTree:
-        """What it makes, as shapes."""
-        return eval_shape(self._run, *self._given)
+    def shapes(self, axes: AbstractMesh | None) -> PyTree:
+        """What it makes, as shapes.
+
+        Arguments:
+            axes: those that it may name.
+        """
+        return shapes_made(axes, self._run, *self._given).shapes
 
     def traced(self, layers_of: Callable[[PyTree], Sequence[PyTree]]) -> "TracedInit":
         """Its trace, once for all stages that share a mesh in the context.
@@ -223,8 +226,7 @@ def make_state(
     # All of it at once: a state is small, or it is of rows and begins with zeros.
     def whole(piece: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
         del piece
-        with no_mesh():
-            return make(key)
+        return made_whole(jax.sharding.get_abstract_mesh(), make, key)
 
     model = Model([function])
     state = init_state(model, x, needs, params, key, whole, batch, ready)[0]

@@ -40,6 +40,7 @@ class Block(nn.Module):
     columns: Any = COLUMNS
     rows: Any = ROWS
     names_axes: bool = False
+    normed: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -48,6 +49,8 @@ class Block(nn.Module):
         h = nn.Dense(HIDDEN, kernel_init=columns)(x)
         if self.names_axes:
             h = jax.lax.with_sharding_constraint(h, P(*COLUMNS))
+        if self.normed:
+            h = nn.BatchNorm(use_running_average=False)(h)
         return x + nn.Dense(WIDTH, kernel_init=rows)(jnp.tanh(h))
 
 
@@ -127,16 +130,19 @@ def test_what_makes_parameters_sees_no_mesh_unless_it_asks_for_one(executor):
     model, options = Net(), {"mesh": MODEL, "chunks": 2, "executor": executor}
     annotated = model.init(KEY, X)["params"]
     want = nn.unbox(annotated)
-    # In `unbox` Flax fixes how an array lies, over the mesh of the context.
-    step = functools.partial(
-        fpipe.value_and_grad,
-        functools.partial(linen_loss, model),
-        stages=2,
-        init=lambda key: nn.unbox(model.init(key, X)["params"]),
-        **options,
-    )
+
+    def step(model=model, **also):
+        # In `unbox` Flax fixes how an array lies, over the mesh of the context.
+        def init(key):
+            return nn.unbox(model.init(key, X)["params"])
+
+        also = {"stages": 2, "init": init} | options | also
+        return fpipe.value_and_grad(functools.partial(linen_loss, model), **also)
+
     spec = nn.get_partition_spec(annotated)
     steps = [step(specs=specs) for specs in (spec, None)]
+    # It runs the call of the module too, which names axes.
+    steps.append(step(Net(functools.partial(Block, names_axes=True))))
     if executor == "placed":
         # The meshes of two stages have other numbers of devices.
         devices = [Mesh(MODEL.devices[:, 0], "model"), MODEL.devices[0, 1]]
@@ -144,13 +150,13 @@ def test_what_makes_parameters_sees_no_mesh_unless_it_asks_for_one(executor):
     for own in steps:
         assert_same(own.gather(own.init(KEY, X)), want)
     # The `init` of a module runs its call, which may name axes; one layer is not cut.
-    named = Block(names_axes=True), Block(lambda f, _: f, names_axes=True)
-    pipe = fpipe.Pipe(list(map(fpipe.flax.layer, named)), **options)
-    plain = [fpipe.flax.layer(Block()), fpipe.flax.layer(Block(lambda f, _: f))]
-    assert_same(
-        nn.unbox(pipe.gather(pipe.init(KEY, X))),
-        nn.unbox(fpipe.sequential(plain, chunks=2).init(KEY, X)),
-    )
+    blocks = Block(normed=True), Block(lambda f, _: f, normed=True)
+    layer = functools.partial(fpipe.flax.layer, state=["batch_stats"])
+    plain = fpipe.sequential(list(map(layer, blocks)), chunks=2)
+    named = [layer(block.clone(names_axes=True)) for block in blocks]
+    pipe = fpipe.Pipe(named, **options)
+    assert_same(nn.unbox(pipe.gather(pipe.init(KEY, X))), nn.unbox(plain.init(KEY, X)))
+    assert_same(pipe.gather_state(pipe.init_state(X)), plain.init_state(X))
 
 
 def test_a_function_of_nnx_variables():
@@ -169,6 +175,17 @@ def test_a_function_of_nnx_variables():
     loss, grads = step(placed, X)
     assert specs_in(placed) == specs_in(grads) == BOTH
     assert_same((loss, step.gather(grads)), jax.value_and_grad(loss_fn)(state, X))
+
+    # Flax asks an `init` for a mesh, and needs none of the caller's.
+    def init(key):
+        return nnx.state(nnx.List([NNXBlock(nnx.Rngs(key)) for _ in blocks]))
+
+    step = fpipe.value_and_grad(loss_fn, mesh=MODEL, chunks=2, stages=2, init=init)
+    made = step.init(KEY, X)
+    with jax.set_mesh(Mesh(MODEL.devices[:, 0], "model")):
+        want = init(KEY)
+    assert specs_in(made) == BOTH
+    assert_same(step.gather(made), want)
 
 
 def test_logical_names_are_translated_by_flax():

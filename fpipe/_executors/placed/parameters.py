@@ -10,6 +10,7 @@ lives. On a mesh it is cut as the layer says:
 Over several processes each one has the arrays of its own devices alone.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,15 +19,11 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from fpipe._core.errors import shown
+from fpipe._core.makers import made_whole, shapes_made
 from fpipe._core.meshes import no_mesh
 from fpipe._core.processes import gather, is_ghost, whole_here
 from fpipe._core.pytrees import PyTree, is_array, map_arrays, pack
-from fpipe._executors.parameter_cuts import (
-    make_cut,
-    param_shardings,
-    shapes_made,
-    sharding_at,
-)
+from fpipe._executors.parameter_cuts import make_cut, param_shardings, sharding_at
 from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Layout
 from fpipe._model.stages import Leaf, Port
@@ -57,9 +54,11 @@ class Parameters:
         """Run `make(key)` where a layer lives; over a mesh its state is whole on each
         device.
         """
-        made = self._make_at(layer, make, key)
+        home = self.layout.home(layer)
+        whole = functools.partial(made_whole, home.axes, make)
+        made = self._make_at(layer, whole if home.is_here else make, key)
         # A user's `init_state` may return an array that the user keeps.
-        return self.layout.home(layer).put_tree(made, own=True)
+        return home.put_tree(made, own=True)
 
     def _make_at(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `make(key)` on the first device of a layer's place that is of this
@@ -67,7 +66,7 @@ class Parameters:
         """
         home = self.layout.home(layer)
         if not home.is_here:
-            return shapes_made(make, key, home).shapes
+            return shapes_made(home.axes, make, key).shapes
         # Made there, and not made on the first device and moved: that device would need
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.makers import made_whole, shapes_made
 from fpipe._core.meshes import is_explicit, no_mesh
 from fpipe._core.processes import host_copy
 from fpipe._core.pytrees import (
@@ -31,12 +32,7 @@ from fpipe._core.pytrees import (
     is_traced,
     pack,
 )
-from fpipe._executors.parameter_cuts import (
-    axes_of,
-    make_cut,
-    param_shardings,
-    shapes_made,
-)
+from fpipe._executors.parameter_cuts import axes_of, make_cut, param_shardings
 from fpipe._executors.placement import Placement, sub_meshes
 from fpipe._executors.scan.mesh import by_stage, on_device, replicated
 from fpipe._executors.scan.packing import Entry, Packed, Packing, Row
@@ -147,8 +143,10 @@ class Parameters:
         runs it too, on its default device: a call takes all states, whole.
         """
         device = next(iter(self._devices_of[layer]), None)
+        axes = self.places[self._place_of[layer]].axes
         with no_mesh(), jax.default_device(device):
-            made = f(key if device is None else on_device(key, device))
+            own_key = key if device is None else on_device(key, device)
+            made = made_whole(axes, f, own_key)
             # A user's `init_state` may return an array that the user keeps.
             return copied(made)
 
@@ -159,7 +157,7 @@ class Parameters:
         here = self._devices_of[layer]
         home = self.places[self._place_of[layer]]
         if not here:
-            return shapes_made(f, key, home).shapes
+            return shapes_made(home.axes, f, key).shapes
         own = self._model.layers[layer]
         cut = make_cut(own, f"layer {layer} {own.name!r}", f, key, home)
         if cut is not None:
