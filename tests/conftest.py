@@ -50,11 +50,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Types are checked when tests ask for it, before the package is imported.
+    """How tests are shared out, and whether types are checked.
 
-    Not in every run: what is refused with a message of ours would be refused by the
-    type checker first, which has no remedy to offer.
+    A module's tests run in one process: they share references, and what JAX has traced.
+    In several processes all of it is made in each, which takes a sixth more time.
+
+    Types are checked when tests ask for it, before the package is imported. Not in
+    every run: what is refused with a message of ours would be refused by the type
+    checker first, which has no remedy to offer.
     """
+    if getattr(config.option, "dist", "no") == "load":  # the default of `-n`
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # the order of `collection_modifyitems`
     if config.option.typed or config.option.markexpr == "quick":
         # Annotated variables are left to the static checker. An `int` is a `float`.
         conf = beartype.BeartypeConf(claw_is_pep526=False, is_pep484_tower=True)
@@ -80,8 +87,8 @@ def pytest_collection_modifyitems(items):
     """`@pytest.mark.quick(cases=3)`: of the cases of a parametrized test, the quick
     check runs three that are spread over all, but none that the full run alone has.
 
-    Tests of scripts come first: then one worker has them all, and the other one need
-    not start a server of its own.
+    Tests of scripts come first: they take longest, and no worker is to begin one when
+    the others have nothing left.
     """
     items.sort(key=lambda item: not runs_scripts(item.module))
     cases = {}
