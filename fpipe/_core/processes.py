@@ -382,7 +382,20 @@ def fetch(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
 
 
 def gather(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
-    """As `fetch`, and no process goes on before all of them have the arrays."""
+    """As `fetch`, and no process goes on before all of them have the arrays.
+
+    Nothing is sent either before all of them have made what they have: between CPUs a
+    program that still runs on devices of several processes holds threads that sending
+    needs (see `arrive`).
+    """
+    made = [
+        array
+        for array in arrays
+        if isinstance(array, jax.Array)
+        and not is_traced(array)
+        and array.addressable_shards
+    ]
+    arrive(made, lambda: "all processes to make what is gathered")
     found = fetch(arrays, firsts)
     arrive(found, lambda: "all processes to have what is gathered")
     return found
