@@ -30,6 +30,18 @@ class NumberLaunch(NamedTuple):
     end: float
 
 
+class Launched(NamedTuple):
+    """What the host launches.
+
+    Attributes:
+        launches: in order.
+        ends: by action, when it has been launched.
+    """
+
+    launches: list[NumberLaunch]
+    ends: list[float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Rows that were played.
@@ -171,12 +183,7 @@ class Clock:
         launches: list[NumberLaunch] = []
         launched: list[float] | None = None
         if self._costs.launch:
-            launches = self._launches(rows, copies)
-            launched = [0.0] * len(self._crossing)
-            for launch in launches:
-                launched[launch.number] = launch.end
-            for later, first in self._launched_with.items():
-                launched[later] = launched[first]
+            launches, launched = self._launch(rows, copies)
         played = play(
             rows, self._crossing, self.durations, self._latencies, launched, copies
         )
@@ -198,14 +205,20 @@ class Clock:
             found.update(zip(numbers, actions, strict=True))
         return found
 
-    def _launches(self, rows: Rows, copies: Copies | None) -> list[NumberLaunch]:
+    def _launch(self, rows: Rows, copies: Copies | None) -> Launched:
         """When the host launches each action.
 
-        A launch waits for nothing but the launch before it on its thread.
-        `one_f_one_b(2, 2)`, with one thread and a launch of 1:
+        A launch waits for the launch before it on its thread, and for that of what its
+        action needs: an array that nobody has asked for yet cannot be handed over.
+        Nothing waits for an action to run. `one_f_one_b(2, 2)`, with a launch of 1 and
+        one thread, then a thread for each device:
 
             host     F(0,0) F(0,1) F(1,0) B(1,0) B(0,0) F(1,1) B(1,1) B(0,1)
                      0      1      2      3      4      5      6      7      8
+
+            host 0   F(0,0) F(0,1)        B(0,0)        B(0,1)
+            host 1          F(1,0) B(1,0) F(1,1) B(1,1)
+                     0      1      2      3      4      5      6
         """
         # The order in which the placed executor dispatches: that of the simulation
         # under the default costs, whatever the costs are here.
@@ -214,16 +227,20 @@ class Clock:
         order = Run(rows, self._crossing, copies, played, []).launch_order()
         of_devices = self._costs.launchers == "per_device"
         free_at = [0.0] * len(rows)
+        ends = [0.0] * len(self._crossing)
         launches: list[NumberLaunch] = []
         for number in order:
             if number in self._launched_with:
+                ends[number] = ends[self._launched_with[number]]
                 continue
             stage = number % self.numbering.size // self.numbering.microbatches
             thread = self._stage_to_device[stage] if of_devices else 0
-            start = free_at[thread]
-            free_at[thread] = start + self._costs.launch
-            launches.append(NumberLaunch(thread, number, start, free_at[thread]))
-        return launches
+            start, need = free_at[thread], self._crossing[number]
+            if need >= 0:
+                start = max(start, ends[need])
+            free_at[thread] = ends[number] = start + self._costs.launch
+            launches.append(NumberLaunch(thread, number, start, ends[number]))
+        return Launched(launches, ends)
 
     @cached_property
     def _default_costs(self) -> tuple[Sequence[float], Sequence[float]]:

@@ -79,7 +79,8 @@ class Costs:
             launched. The host does not wait for the actions that it has launched.
             Default 0.
         launchers: `"one"` (default): one thread launches the actions of all devices,
-            one after the other. `"per_device"`: each device has a thread of its own.
+            one after the other. `"per_device"`: each device has a thread of its own. It
+            launches an action when others have launched what that action needs.
 
     Raises:
         TypeError: a cost is neither a number nor a sequence of numbers.

@@ -145,10 +145,11 @@ def test_launches_as_drawn():
         device 1             F0- B0----- F1- B1-----
         host     0F0 0F1 1F0 1B0 0B0 1F1 1B1 0B1
         1f1b: makespan 11, bubble 45.5%, peak live microbatches 2, 1""")
+    # A thread waits for those of the other devices, but for no action.
     costs = Costs(launch=0.5, launchers="per_device")
     assert draw(simulate(schedule, costs)).splitlines()[2:4] == [
-        "host 0   F0 F1 B0 B1",
-        "host 1   F0 B0 F1 B1",
+        "host 0   F0 F1    B0    B1",
+        "host 1      F0 B0 F1 B1",
     ]
 
 

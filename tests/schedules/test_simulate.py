@@ -90,7 +90,9 @@ def number(cost, stage):
 
 
 def launched(schedule, costs):
-    """When each action has been launched: on its thread one after the other."""
+    """When each action has been launched: on its thread one after the other, each when
+    what it needs has been launched.
+    """
     order = []
     for device, action, *_ in simulate(schedule).events:
         if action.kind not in "OL":
@@ -99,12 +101,15 @@ def launched(schedule, costs):
             # A copy right after what stands before it in its row.
             copies = itertools.takewhile(lambda a: a.kind in "OL", after)
             order += [(device, a) for a in (action, *copies)]
-    ends, free_at = {}, {}
+    ends, free_at, stages = {}, {}, schedule.stages
+    everything = {action for _, action in order}
     for device, action in order:
         thread = 0 if costs.launchers == "one" else device
+        ways = itertools.chain(*needs(action, stages, everything))
+        needed = max((ends[a] for a in ways if a in everything), default=0.0)
         # One addition after the other: a product rounds in another way, and so does
         # `sum` from Python 3.12 on.
-        free_at[thread] = free_at.get(thread, 0.0) + costs.launch
+        free_at[thread] = max(free_at.get(thread, 0.0), needed) + costs.launch
         ends[action] = free_at[thread]
     return ends
 
