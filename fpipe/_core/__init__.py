@@ -5,7 +5,8 @@ statics     which leaves may be constants of a program
 checks      arguments of public functions, checked
 errors      notes on errors, and warnings
 caches      what was used last is kept
-settings    JAX's settings as a value for keys
+settings    JAX's settings: a value for keys, and blocks in which they are others
+makers      what makes parameters and states, with the mesh that it asks for
 meshes      the mesh in the caller's context
 processes   who has an array, if there are several processes
 watchdog    ends a process that waits too long for another one

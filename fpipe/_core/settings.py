@@ -1,4 +1,4 @@
-"""JAX's settings and contexts: as a value for keys, and handed to another thread.
+"""JAX's settings and contexts: a value for keys, set for a block or another thread.
 
 Every cache of traces, plans and programs has `settings()` in its keys. The value says
 nothing but whether two moments are alike:
@@ -31,18 +31,23 @@ class _Token:
 _probe = jax.jit(lambda: _Token())
 
 
+# The searches that JAX can make in what each program returns. To each its manager.
+_SEARCHES: dict[str, Any] = {
+    "jax_debug_nans": jax.debug_nans,
+    "jax_debug_infs": jax.debug_infs,
+}
+
 # What changes a trace and is not in JAX's own key (measured on jax 0.10.2, CPU;
 # `tests/front/test_contexts.py` walks all settings that there are). The first three
-# decide what a key is made into. The last two trace nothing new, but decide whether a
-# call raises: programs of such a call do not donate, because JAX runs one that has made
-# a NaN again, operation by operation.
+# decide what a key is made into. Searches trace nothing new, but decide whether a call
+# raises: programs of such a call do not donate, because JAX runs one that has made a
+# NaN again, operation by operation.
 _BESIDES = (
     "jax_default_prng_impl",
     "jax_enable_custom_prng",
     "jax_legacy_prng_key",
     "jax_refs_to_pins",
-    "jax_debug_nans",
-    "jax_debug_infs",
+    *_SEARCHES,
 )
 
 
@@ -57,20 +62,13 @@ def settings() -> tuple[Any, ...]:
     return token, *[getattr(jax.config, name, None) for name in _BESIDES]
 
 
-_CHECKS: dict[str, Any] = {
-    "jax_debug_nans": jax.debug_nans,
-    "jax_debug_infs": jax.debug_infs,
-}
-
-
 def debugging() -> bool:
     """Whether JAX looks for NaNs or infinities in what each program returns.
 
     It runs a program that returned one again, operation by operation, on the same
     arguments. So nothing may be donated then.
     """
-    config: Any = jax.config
-    return bool(config.jax_debug_nans or config.jax_debug_infs)
+    return any(getattr(jax.config, name) for name in _SEARCHES)
 
 
 @contextlib.contextmanager
@@ -83,7 +81,7 @@ def checked() -> Iterator[None]:
     this thread does not have that fault.
     """
     with contextlib.ExitStack() as stack:
-        for name, manager in _CHECKS.items():
+        for name, manager in _SEARCHES.items():
             if getattr(jax.config, name):
                 stack.enter_context(manager(True))
         yield
@@ -93,7 +91,7 @@ def checked() -> Iterator[None]:
 def unchecked() -> Iterator[None]:
     """A block in which JAX looks for no NaNs and infinities."""
     with contextlib.ExitStack() as stack:
-        for manager in _CHECKS.values():
+        for manager in _SEARCHES.values():
             stack.enter_context(manager(False))
         yield
 

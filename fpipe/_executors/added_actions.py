@@ -82,22 +82,14 @@ def with_actions(
 
 
 @dataclasses.dataclass(frozen=True)
-class _WithActions(Scheduling):
-    """Schedules with more actions.
+class _Rescheduling(Scheduling):
+    """Schedules that are made from another's, for the same stages on the same devices.
 
     Attributes:
-        base: what makes them without.
-        remat: which backwards recompute.
-        early: whether recomputations are actions of their own.
-        limit: the pipe's `offload`.
-        in_units: as for `with_actions`.
+        base: what makes those.
     """
 
     base: Scheduling
-    remat: Remat
-    early: bool
-    limit: Offload
-    in_units: bool
 
     def stages(self, available: int, chunks: int, layers: int) -> int:
         return self.base.stages(available, chunks, layers)
@@ -106,6 +98,23 @@ class _WithActions(Scheduling):
         self, stages: int, available: int, chunks: int
     ) -> tuple[int, ...]:
         return self.base.stage_to_device(stages, available, chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithActions(_Rescheduling):
+    """The same schedules with more actions.
+
+    Attributes:
+        remat: which backwards recompute.
+        early: whether recomputations are actions of their own.
+        limit: the pipe's `offload`.
+        in_units: as for `with_actions`.
+    """
+
+    remat: Remat
+    early: bool
+    limit: Offload
+    in_units: bool
 
     def with_forwards_first(self) -> Scheduling:
         # A limit is kept by copies of microbatches that would not wait otherwise. For
@@ -158,23 +167,8 @@ class _WithActions(Scheduling):
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _ForwardsFirst(Scheduling):
-    """The same schedules, in which each device runs all its forwards first.
-
-    Attributes:
-        base: what makes them in their own order.
-    """
-
-    base: Scheduling
-
-    def stages(self, available: int, chunks: int, layers: int) -> int:
-        return self.base.stages(available, chunks, layers)
-
-    def stage_to_device(
-        self, stages: int, available: int, chunks: int
-    ) -> tuple[int, ...]:
-        return self.base.stage_to_device(stages, available, chunks)
+class _ForwardsFirst(_Rescheduling):
+    """The same schedules, in which each device runs all its forwards first."""
 
     def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
         schedule = self.base.make(stage_to_device, microbatches)

@@ -226,8 +226,8 @@ class Programs:
         # For a mean each microbatch's loss is weighted by its share of the rows, and so
         # is its gradient: then sums over microbatches are those of the whole batch.
         mean = request.loss is not None and request.loss.reduction == "mean"
-        shares = inputs.cut.shares
-        self.scales: tuple[float, ...] = shares if mean else (1.0,) * len(shares)
+        cut = inputs.cut
+        self.scales: tuple[float, ...] = cut.shares if mean else (1.0,) * cut.m
         model = routes.stages[0].model
         self._places = Places(
             tuple(layer.name for layer in model.layers),

@@ -249,10 +249,7 @@ def _make_params(
             "parameters yourself and call `place(params)` "
             "(and `init_state(x, params=params)`)"
         )
-    with noting(f"in the init of layer {k} {model.layers[k].name!r}"):
-        params = init(key, x, **_named_needs(model, "init", k, init, needs))
-        check_leaves(params, "params")
-        return numbers_as_arrays(params)
+    return _made(model, "init", k, init, (key, x), needs)
 
 
 def _make_state(
@@ -265,11 +262,25 @@ def _make_state(
             "init_state; give it one with "
             "`fpipe.Layer(apply, init_state=...)`"
         )
-    with noting(f"in the init_state of layer {k} {model.layers[k].name!r}"):
-        needs = {**needs, "key": key}
-        state = init(x, **_named_needs(model, "init_state", k, init, needs))
-        check_leaves(state, "state")
-        return map_arrays(strong, numbers_as_arrays(state))
+    needs = {**needs, "key": key}
+    return map_arrays(strong, _made(model, "init_state", k, init, (x,), needs))
+
+
+def _made(
+    model: Model,
+    role: str,
+    k: int,
+    f: Callable[..., PyTree],
+    args: tuple[Any, ...],
+    needs: Mapping[str, Any],
+) -> PyTree:
+    """What an `init` or `init_state` makes of some arguments and the needs that it
+    names.
+    """
+    with noting(f"in the {role} of layer {k} {model.layers[k].name!r}"):
+        made = f(*args, **_named_needs(model, role, k, f, needs))
+        check_leaves(made, "params" if role == "init" else "state")
+        return numbers_as_arrays(made)
 
 
 def _named_needs(

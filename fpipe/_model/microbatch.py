@@ -133,7 +133,18 @@ class Cut:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Each microbatch's share of the rows: its weight in a mean."""
+        """Each microbatch's share of the rows: its weight in a mean.
+
+        Raises:
+            ValueError: a microbatch has no rows. Its mean is NaN, whatever its weight.
+        """
+        if 0 in self.weights:
+            raise ValueError(
+                '`reduction="mean"`: the ready-made microbatch '
+                f"{self.weights.index(0)} has no rows; leave it out, or let `loss_fn` "
+                'return a sum, and use `reduction="sum"`, or `"weighted"` with '
+                "`(sum, weight)`"
+            )
         return tuple(n / sum(self.weights) for n in self.weights)
 
     @cached_property

@@ -54,9 +54,9 @@ _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "iota",
     "is_finite", "le", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul",
-    "ne", "neg", "not", "one_minus_square", "or", "pow", "real", "rem", "round",
-    "rsqrt", "select_n", "sign", "sin", "slice", "sqrt", "square", "stop_gradient",
-    "sub", "tan", "tanh", "xor",
+    "ne", "neg", "not", "one_minus_square", "or", "polynomial", "pow", "real", "rem",
+    "round", "rsqrt", "select_n", "sign", "sin", "slice", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh", "xor",
 }
 # fmt: on
 

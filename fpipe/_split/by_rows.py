@@ -29,9 +29,9 @@ from fpipe._program.graph import Node
 # fmt: off
 _ELEMENTWISE = frozenset((
     "abs", "add", "ceil", "convert_element_type", "copy", "div", "exp", "floor",
-    "integer_pow", "log", "log2", "max", "min", "mul", "name", "neg", "pow",
-    "reduce_precision", "round", "rsqrt", "sign", "sqrt", "square", "stop_gradient",
-    "sub", "tanh",
+    "integer_pow", "log", "log2", "max", "min", "mul", "name", "neg", "polynomial",
+    "pow", "reduce_precision", "round", "rsqrt", "sign", "sqrt", "square",
+    "stop_gradient", "sub", "tanh",
 ))
 # fmt: on
 

@@ -30,12 +30,12 @@ from fpipe._split.trace import Traced
 # fmt: off
 CHEAP = frozenset((
     "abs", "add", "and", "broadcast_in_dim", "ceil", "clamp", "concatenate",
-    "convert_element_type", "copy", "cos", "div", "eq", "exp", "expand_dims",
-    "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log2",
-    "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not",
-    "one_minus_square", "or", "pad", "pow", "reshape", "rev", "round", "rsqrt",
-    "select_n", "sign", "sin", "slice", "sqrt", "square", "squeeze", "stop_gradient",
-    "sub", "tanh", "transpose", "xor",
+    "convert_element_type", "copy", "cos", "div", "eq", "exp", "expand_dims", "floor",
+    "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log2", "logistic",
+    "lt", "max", "min", "mul", "name", "ne", "neg", "not", "one_minus_square", "or",
+    "pad", "polynomial", "pow", "reshape", "rev", "round", "rsqrt", "select_n", "sign",
+    "sin", "slice", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh",
+    "transpose", "xor",
 ))
 # fmt: on
 

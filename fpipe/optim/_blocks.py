@@ -51,10 +51,10 @@ _ELEMENTWISE = frozenset((
     "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log",
     "log1p", "log2", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg",
-    "nextafter", "not", "one_minus_square", "or", "pow", "real", "reduce_precision",
-    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
-    "sub", "tan", "tanh", "xor",
+    "nextafter", "not", "one_minus_square", "or", "polynomial", "pow", "real",
+    "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
+    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 ))
 # fmt: on
 

@@ -167,6 +167,17 @@ def test_a_mean_weighs_by_the_rows_of_the_first_array_of_x(make):
     assert_same(value, first / 4 + second * 3 / 4)
 
 
+@every
+def test_a_microbatch_without_rows_adds_nothing_to_a_sum(executor):
+    pipe = MAKE[executor]([score, score])
+    params = pipe.place((random(0, WIDTH, WIDTH), random(1, WIDTH, WIDTH)))
+    step = pipe.value_and_grad(lambda y: (y**2).sum(), reduction="sum", argnums=(0, 1))
+    x, empty = random(2, 2, WIDTH), jnp.ones((0, WIDTH))
+    loss, (grads, into_x) = step(params, fpipe.Microbatches([x]))
+    got = step(params, fpipe.Microbatches([empty, x]))
+    assert_same(got, (loss, (grads, fpipe.Microbatches([empty, into_x[0]]))))
+
+
 @both
 def test_microbatches_may_hold_numbers_keys_and_static_leaves(make):
     def apply(x):
@@ -383,6 +394,13 @@ WRONG = {
         "`side` of shape (5,) is cut into microbatches of 2, 2, 1 rows, but those of "
         f"`x` have 2, 1, 2; {TOO_OR_WHOLE}",
     ),
+    "no rows in a mean": (
+        lambda: aux_of(lambda y: (y.mean(), ()), x=fpipe.Microbatches([A, A[:0]])),
+        ValueError,
+        '`reduction="mean"`: the ready-made microbatch 1 has no rows; leave it out, or '
+        'let `loss_fn` return a sum, and use `reduction="sum"`, or `"weighted"` with '
+        "`(sum, weight)`",
+    ),
     "per row as input": (
         lambda: call([fpipe.PerRow(A)]),
         ValueError,
@@ -422,9 +440,10 @@ def call(x, side=None):
     return fpipe.Pipe([fpipe.fn(lambda x, *, side: x)], chunks=4)(((),), x, side)
 
 
-def aux_of(loss, executor="placed"):
+def aux_of(loss, executor="placed", x=None):
+    x = jnp.ones((4, 3)) if x is None else x
     pipe = fpipe.Pipe([fpipe.fn(lambda x: x)] * 2, chunks=2, executor=executor)
-    return pipe.evaluate(loss, has_aux=True)(pipe.place(((), ())), jnp.ones((4, 3)))
+    return pipe.evaluate(loss, has_aux=True)(pipe.place(((), ())), x)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

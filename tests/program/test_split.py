@@ -103,6 +103,18 @@ def test_what_has_no_name_is_a_residual():
     assert "residual 0" in table["B"][0]
 
 
+def quadratic(x):
+    """From JAX 0.12 on an equation of its own."""
+    polynomial = getattr(jax.lax, "polynomial", None)
+    return polynomial(x, [1.0, 2.0, 3.0]) if polynomial else 1.0 + x * (2.0 + 3.0 * x)
+
+
+def test_a_polynomial_is_made_again():
+    joint = joint_of(lambda w, x: quadratic(quadratic(x @ w)), W)
+    table = table_of(joint, split_backward=False)
+    assert table["F"][1] == "y[0] residual 0"
+
+
 def test_a_recomputation_is_inlined_after_barriers():
     """The drawing in `fpipe._program.remats`."""
     remat = Remat.of("always")
