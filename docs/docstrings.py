@@ -17,11 +17,18 @@ _spec.loader.exec_module(hooks)
 
 class Docstrings(griffe.Extension):
     """`Example:` holds code, as `Examples:` does for griffe, and names lead to the
-    reference.
+    reference. A default that a private function makes is `...`: its text says what it
+    is.
     """
 
     def __init__(self) -> None:
         self.names = hooks.listed(hooks.API.read_text(encoding="utf-8"))
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """While a module is read, before griffe makes the `__init__` of dataclasses."""
+        del kwargs
+        if "default_factory=_" in str(attr.value):
+            attr.value = "..."
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """After a module, class, function or attribute was read."""

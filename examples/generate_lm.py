@@ -287,7 +287,8 @@ def bytes_to_write(args: argparse.Namespace, params: Sequence[Any]) -> int:
     """How many bytes each sequence gets, if the model allows what is asked for."""
     blocks, places = len(params) - 2, params[0]["places"].shape[0]
     if args.stages > blocks:
-        raise SystemExit(f"--stages {args.stages}: the model has only {blocks} blocks")
+        number = "1 block" if blocks == 1 else f"{blocks} blocks"
+        raise SystemExit(f"--stages {args.stages}: the model has only {number}")
     # The last byte that is written is not seen.
     prompt = len(args.prompt.encode())
     room = places - prompt + 1

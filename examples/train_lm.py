@@ -267,7 +267,8 @@ def arguments() -> argparse.Namespace:
     if args.mesh is not None:
         args.stages = args.mesh[0]
     if args.stages > args.blocks:
-        parser.error(f"--stages {args.stages}: the model has {args.blocks} blocks")
+        number = "1 block" if args.blocks == 1 else f"{args.blocks} blocks"
+        parser.error(f"--stages {args.stages}: the model has {number}")
     if args.width % args.heads:
         parser.error(f"--heads {args.heads}: a divisor of the width {args.width}")
     if args.batch % args.chunks:

@@ -212,8 +212,8 @@ def cut_pipe(
     limit = options.offload
     if isinstance(limit, tuple) and len(limit) != len(placements):
         raise ValueError(
-            f"`Pipe(offload={shown(list(limit))})`: {len(limit)} numbers for "
-            f"{len(placements)} devices"
+            f"`Pipe(offload={shown(list(limit))})`: a number for each device is "
+            f"needed, {len(placements)} in all, got {len(limit)}"
         )
     # A limit that no schedule keeps is an error here, if the number of microbatches is
     # known. Otherwise it is one in the first call.

@@ -627,9 +627,10 @@ def value_and_grad(
             whole to every microbatch. Bools, strings and `None` are static. If an
             argument is named `key`, it is a PRNG key, and microbatch `i` gets
             `fold_in(fold_in(key, 0), i)`.
-        argnums: the position of the model's parameters, a pytree. Default 0. Or several
-            positions: first that of the parameters, then positions in the batch. Then
-            the gradients are a tuple, in this order.
+        argnums: the position of the model's parameters, a pytree, among the arguments
+            of `loss_fn`. Default 0. Or several positions: first that of the parameters,
+            then those of arguments of the batch. Then the gradients are a tuple, in
+            this order.
         has_aux: whether `loss_fn` returns `(loss, aux)`. The `aux` of the microbatches
             is stacked, or, in an `fpipe.PerRow`, concatenated. Default `False`.
         devices, chunks: as for `fpipe.Pipe`.

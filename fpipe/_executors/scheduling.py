@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 from fpipe._core.errors import shown
 from fpipe.schedules import NAMES, Schedule, named
+from fpipe.schedules._checks import counted
 
 Generator: TypeAlias = Callable[[int, int], Schedule]
 
@@ -121,8 +122,9 @@ class Scheduling(abc.ABC):
             )
         if schedule.stage_to_device != stage_to_device:
             raise ValueError(
-                f"the schedule {schedule.name!r} for {microbatches} microbatches puts "
-                "the stages on the devices "
+                f"the schedule {schedule.name!r} for "
+                f"{counted(microbatches, 'microbatch', 'es')} puts the stages on the "
+                "devices "
                 f"{schedule.stage_to_device}, but the parameters are placed on "
                 f"{stage_to_device}"
             )
@@ -241,7 +243,9 @@ class _ByFunction(Scheduling):
             # More devices may be what is missing. A map that needs too many makes
             # `first_placements`, or `balance`, say how many there are.
             return tuple(range(stages))
-        told = ", ".join(f"{s} stages on {d} devices" for d, s in made.items())
+        told = ", ".join(
+            f"{counted(s, 'stage')} on {counted(d, 'device')}" for d, s in made.items()
+        )
         raise ValueError(
             f"`Pipe(schedule=...)`: the pipe has {stages} stages, but the function "
             f"makes {told}"

@@ -78,7 +78,7 @@ def check_function(f: Callable[..., Any], call: str) -> None:
             for base in kind.__mro__
         ):
             raise TypeError(
-                f"{call}: a {kind.__name__} is a Flax module, whose parameters would "
+                f"{call}: {a_type(inner)} is a Flax module, whose parameters would "
                 "not be seen: write "
                 "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a "
                 "Sequential or a list of modules"

@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from fpipe._core.errors import shown
+from fpipe._core.errors import a_type, shown
 from fpipe._core.pytrees import PyTree
 
 
@@ -201,9 +201,7 @@ def _check(call: str, carry: object, name: str, field: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"{call} in {_who()}: names must be strings")
     if not isinstance(carry, Mapping):
-        raise TypeError(
-            f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"
-        )
+        raise TypeError(f"{call} in {_who()}: the carry is {a_type(carry)}, no dict")
     # Outside a pipeline, for example in a user's test of a layer, any name is allowed.
     scope = _scope.get()
     if scope is None or name in getattr(scope, field):

@@ -143,7 +143,8 @@ class LayerCosts:
             object.__setattr__(self, name, value)
             if len(value) != count:
                 raise ValueError(
-                    f"`LayerCosts({name}=...)`: {len(value)} numbers for {count} layers"
+                    f"`LayerCosts({name}=...)`: a number for each layer is needed, "
+                    f"{count} in all, got {len(value)}"
                 )
             # What is shared is a difference of minimal cuts, of either sign.
             least = -math.inf if name == "shared" else 0

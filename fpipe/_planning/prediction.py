@@ -16,8 +16,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from fpipe._planning.text import Table, byte_unit, counted, quantity, scaled, size
+from fpipe._planning.text import Table, byte_unit, quantity, scaled, size
 from fpipe.schedules import Schedule, Timeline, draw
+from fpipe.schedules._checks import counted
 from fpipe.schedules._html import as_html, escape
 
 
@@ -259,9 +260,9 @@ class Prediction:
 
         Returns:
             `step_seconds` or `step_flop`: the time of a step, by the unit. `bubble`:
-            the idle share of device time, 0 to 1. `peak_live`: the most microbatches
-            that a device holds at once. `peak_bytes`: the peak memory of the fullest
-            device.
+            the idle share of device time, 0 to 1. `peak_live`: the most (stage,
+            microbatch) pairs that a device holds at once. `peak_bytes`: the peak memory
+            of the fullest device.
         """
         found = self.timeline.metrics()
         step = "step_flop" if self.unit == "FLOP" else "step_seconds"

@@ -52,11 +52,6 @@ def quantity(value: float, unit: str) -> str:
     return f"{value / scale:.3g} {name}"
 
 
-def counted(number: int, noun: str, plural: str = "s") -> str:
-    """A number of things; `plural` is the ending of several."""
-    return f"{number} {noun}{'' if number == 1 else plural}"
-
-
 def option_name(option: Any) -> str:
     """What a schedule or a checkpoint mode is called: by itself, by its name, or by the
     name of the function that it is.

@@ -31,6 +31,7 @@ from fpipe._split.crossing import Crossing
 from fpipe._split.mark import mark_inside
 from fpipe._split.state import StateSides, StateSpans
 from fpipe._split.trace import Function, Traced
+from fpipe.schedules._checks import counted
 
 # A place in a module is narrow if hardly more bytes cross it than cross the two ends of
 # the module. The tolerance is for small values, such as a mask that is read for the
@@ -238,9 +239,10 @@ def _own_places(function: Function, traced: Traced, stages: int | None) -> list[
         places = every
     if len(places) < stages - 1:
         raise ValueError(
-            f"`fpipe.split(stages={stages})`: there are {len(places)} places to cut "
-            "at, between the first uses of parameters on the way of the data: ask for "
-            "fewer stages, or mark places with `h = fpipe.cut(h)`"
+            f"`fpipe.split(stages={stages})`: the function has "
+            f"{counted(len(places), 'place')} to cut at, between the first uses of "
+            "parameters on the way of the data: ask for fewer stages, or mark places "
+            "with `h = fpipe.cut(h)`"
         )
     return _best_places(crossing, places, stages)
 

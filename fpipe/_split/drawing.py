@@ -17,9 +17,10 @@ import enum
 import itertools
 from collections.abc import Iterable, Sequence
 
-from fpipe._planning.text import counted, quantity, size
+from fpipe._planning.text import quantity, size
 from fpipe._split.cut_graph import CutGraph, Reason
 from fpipe._split.table import NAME, paths, short
+from fpipe.schedules._checks import counted
 from fpipe.schedules._draw.elements import LETTER, LINE, MARGIN, SIZE
 
 # A drawing of up to 12 pieces is not wider.

@@ -50,7 +50,6 @@ from fpipe._model.needs import BY_NAME, OF_CALL, OF_FUNCTION, call_needs
 from fpipe._model.straight import StraightInputs, only, rejoined, user_side
 from fpipe._model.wrappers import Microbatches
 from fpipe._planning.costs import LayerCosts, Sent
-from fpipe._planning.text import counted
 from fpipe._split.balance import best_balance
 from fpipe._split.cut_graph import (
     BorrowedParameter,
@@ -64,6 +63,7 @@ from fpipe._split.stacks import Rows
 from fpipe._split.svg import MOST_PIECES, svg
 from fpipe._split.table import tables
 from fpipe._split.trace import Function, Kind, RowsAt, trace_function
+from fpipe.schedules._checks import counted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from fpipe._core.errors import a_type
 from fpipe._model.batch_norm import Moments, merge, statistics_dtype, updated, variance
 
 DEFERRED = "deferred"
@@ -359,7 +360,7 @@ def defer_module(module: nnx.Module) -> Any:
         # (Linen runs a subclass's own `__call__`; here it would be replaced and lost.)
         if type(node) is not nnx.BatchNorm:
             raise TypeError(
-                f"`defer_module`: {name!r} is a {type(node).__name__}, a subclass of "
+                f"`defer_module`: {name!r} is {a_type(node)}, a subclass of "
                 "nnx.BatchNorm that may do anything; use nnx.BatchNorm itself, or keep "
                 "the module as it is"
             )

@@ -53,7 +53,8 @@ def layer(
 
     The layer's parameters have Flax's own names. For a linen module they are the
     collection `params`; for an NNX module they are its `nnx.Param`s as nested dicts.
-    All other variables are the layer's state, except values sown into `intermediates`.
+    All other variables are the layer's state, except random state and what the module
+    sows: `intermediates`, `perturbations`, and `nnx.Intermediate`s.
     If the module's call has several required inputs, the layer takes a tuple of them.
 
     A module that stashes, peeks or pops skips has the keyword-only parameter `carry`,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fpipe._core.checks import as_bool
+from fpipe._core.errors import a_type
 from fpipe._core.pytrees import PyTree
 from fpipe._model.layer import Layer, without_params
 from fpipe.flax._batch_norm import MOMENTS, plain_stats
@@ -92,7 +93,7 @@ def split_variables(
     if not isinstance(variables, Mapping):
         raise TypeError(
             "`fpipe.flax.split_variables(model, variables)`: the variables are nested "
-            f"dicts or an nnx.State, got a {type(variables).__name__}; of an NNX model "
+            f"dicts or an nnx.State, got {a_type(variables)}; of an NNX model "
             "they are `nnx.state(model)`"
         )
     layout = Layout.of(found_layers)
@@ -153,13 +154,13 @@ def merge_variables(
         if not isinstance(entries, Sequence):
             raise TypeError(
                 f"`fpipe.flax.merge_variables`: {argument} is a tuple with one entry "
-                f"per layer, got a {type(entries).__name__}; what is packed is "
+                f"per layer, got {a_type(entries)}; what is packed is "
                 "`pipe.gather(params)` first"
             )
         if len(entries) != len(found_layers):
             raise ValueError(
-                f"`fpipe.flax.merge_variables`: {argument} has {len(entries)} entries, "
-                f"but there are {len(found_layers)} layers"
+                f"`fpipe.flax.merge_variables`: {argument} is a tuple with one entry "
+                f"per layer, {len(found_layers)} in all, got {len(entries)}"
             )
     layout = Layout.of(found_layers)
     whole = Whole(found_layers, layout)

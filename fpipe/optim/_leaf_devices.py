@@ -17,6 +17,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from fpipe._core.errors import a_type
 from fpipe._core.processes import first_devices, is_here, processes_of
 from fpipe._core.pytrees import PyTree, aval, is_array, nbytes
 from fpipe._executors.placement import Device
@@ -140,7 +141,7 @@ def parameter_devices(
             where = (
                 f"on {array.sharding}"
                 if isinstance(array, jax.Array)
-                else f"a {type(array).__name__}"
+                else a_type(array)
             )
             raise ValueError(
                 f"`{call}`: the parameter {leaf_name('params', path)} is not placed: "

@@ -29,9 +29,6 @@ def _number(dtype: Any, value: int) -> Any:
         return jax.device_put(dtype(value))
 
 
-# Functions with names: the reference shows what a default is made by.
-
-
 def _first_scale() -> Any:
     return _number(np.float32, 2**15)
 

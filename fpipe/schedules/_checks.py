@@ -20,7 +20,7 @@ def shown(value: Any) -> str:
 
     Example:
         >>> shown([1, 0.5, "a", object()])
-        "[1, 0.5, 'a', a object]"
+        "[1, 0.5, 'a', an object]"
     """
     # Not `repr`: that of an array or of a foreign object may fill pages.
     if isinstance(value, (list, tuple)):
@@ -34,7 +34,25 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, (int, float, complex, str, bytes)):
         text = repr(value)
         return text if len(text) <= 200 else text[:199] + "…"
-    return f"a {type(value).__name__}"
+    return a_type(value)
+
+
+def a_type(value: Any) -> str:
+    """What a value is, by its type: `a Batch`, `an object`."""
+    name = type(value).__name__
+    # `an Unhashable`, and `a UserDict`.
+    vowel = name[:1].lower() in "aeio" or name[:2].lower() == "un"
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number of things; `plural` is the ending of several.
+
+    Example:
+        >>> counted(1, "stage"), counted(2, "microbatch", "es")
+        ('1 stage', '2 microbatches')
+    """
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def check_type(call: str, value: Any, kind: type) -> None:
@@ -115,5 +133,8 @@ def read_limits(call: str, devices: int, memory: Any) -> tuple[float, ...]:
     if not isinstance(limits, tuple):
         return (limits,) * devices
     if len(limits) != devices:
-        raise ValueError(f"`{given}`: {len(limits)} numbers for {devices} devices")
+        raise ValueError(
+            f"`{given}`: a number for each device is needed, {devices} in all, got "
+            f"{len(limits)}"
+        )
     return limits

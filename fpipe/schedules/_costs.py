@@ -164,8 +164,8 @@ class Costs:
             value = getattr(self, field.name)
             if isinstance(value, tuple) and len(value) != stages:
                 raise ValueError(
-                    f"`Costs({field.name}={shown(value)})`: {len(value)} numbers for "
-                    f"{stages} stages"
+                    f"`Costs({field.name}={shown(value)})`: a number for each stage "
+                    f"is needed, {stages} in all, got {len(value)}"
                 )
 
 

@@ -91,9 +91,10 @@ class Recording(Timeline):
 
         Returns:
             `step_seconds`: the time from the first start to the last end. `bubble`: the
-            idle share of device time, 0 to 1. `peak_live`: the most microbatches that a
-            device holds at once. `transfer_bytes`: the bytes that went between devices
-            (left out under scan, where transfers are parts of the program).
+            idle share of device time, 0 to 1. `peak_live`: the most (stage,
+            microbatch) pairs that a device holds at once. `transfer_bytes`: the bytes
+            that went between devices (left out under scan, where transfers are parts of
+            the program).
             `host_seconds`: the time that the host took to issue the call, with the time
             of the recording (left out under scan). `launch_seconds`: the mean time that
             the host took to launch an action, or several that are one program, without

@@ -255,8 +255,8 @@ class Timeline:
 
         Returns:
             `step`: the makespan, in the timeline's own unit of time. `bubble`: the idle
-            share of device time, 0 to 1. `peak_live`: the most microbatches that a
-            device holds at once.
+            share of device time, 0 to 1. `peak_live`: the most (stage,
+            microbatch) pairs that a device holds at once.
 
         Raises:
             ValueError: the timeline has no events.

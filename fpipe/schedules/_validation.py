@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from fpipe.schedules._action import COPIES, KINDS, Action, Kind
-from fpipe.schedules._checks import shown
+from fpipe.schedules._checks import counted, shown
 from fpipe.schedules._rules import NEEDS, OPTIONAL, crossing_need, needs
 
 Rows: TypeAlias = Sequence[Sequence[Action]]
@@ -43,14 +43,14 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
     stages = len(stage_to_device)
     if not any(rows) or not stages:
         raise ValueError(
-            f"`Schedule`: {devices} devices, {stages} stages and no action: nothing to "
-            "run"
+            f"`Schedule`: {counted(devices, 'device')}, {counted(stages, 'stage')} and "
+            "no action: nothing to run"
         )
     for stage, device in enumerate(stage_to_device):
         if not 0 <= device < devices:
             raise ValueError(
-                f"`Schedule`: stage_to_device[{stage}] is {device}, but there are "
-                f"{devices} devices"
+                f"`Schedule`: stage_to_device[{stage}] is {device}, but the schedule "
+                f"has {counted(devices, 'device')}"
             )
 
     # First every action by itself: is it on the right device, and there once? Then
@@ -130,7 +130,8 @@ def _why_misplaced(action: Action, devices: int, stage_to_device: Sequence[int])
     hint = ""
     if list(stage_to_device) == list(range(devices)):
         hint = "; with several stages on a device give stage_to_device"
-    return f" is of stage {action.stage}, but there are {stages} stages{hint}"
+    number = counted(stages, "stage")
+    return f" is of stage {action.stage}, but the schedule has {number}{hint}"
 
 
 def _why_missing(
@@ -141,8 +142,8 @@ def _why_missing(
     if all(action.stage != stage for action in rows[device]):
         return f"stage {stage} is on device {device}, which has no action of it"
     return (
-        f"there are {last.microbatch + 1} microbatches, because device "
-        f"{stage_to_device[last.stage]} has {last}"
+        f"the schedule has {counted(last.microbatch + 1, 'microbatch', 'es')}, because "
+        f"device {stage_to_device[last.stage]} has {last}"
     )
 
 

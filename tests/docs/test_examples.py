@@ -263,7 +263,7 @@ def test_the_generator_refuses_what_does_not_fit(inside, language_model, tmp_pat
     given = {"stages": 1, "prompt": "The ", "count": 0}
     assert generate.bytes_to_write(argparse.Namespace(**given), params) == 61
     for changed, message in [
-        ({"stages": 2}, "--stages 2: the model has only 1 blocks"),
+        ({"stages": 2}, "--stages 2: the model has only 1 block"),
         (
             {"count": 62},
             "--count 62 after a prompt of 4 bytes: the model sees 64",

@@ -400,8 +400,8 @@ def test_what_nnx_cannot_defer():
     holder = nnx.List([Own(4, rngs=nnx.Rngs(0))])
     with pytest.raises(
         TypeError,
-        match=r"`defer_module`: '0' is a Own, a subclass of nnx\.BatchNorm that may do "
-        r"anything",
+        match=r"`defer_module`: '0' is an Own, a subclass of nnx\.BatchNorm that may "
+        r"do anything",
     ):
         fb.defer_module(holder)
     with pytest.raises(ValueError, match=r"the nnx\.BatchNorm '' has axis_name='rows'"):

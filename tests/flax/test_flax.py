@@ -1192,7 +1192,8 @@ def test_variables_that_do_not_fit_the_layers():
         fpipe.flax.split_variables(model, wrong)
     with raises(
         ValueError,
-        "`fpipe.flax.merge_variables`: params has 1 entries, but there are 5 layers",
+        "`fpipe.flax.merge_variables`: params is a tuple with one entry per layer, 5 "
+        "in all, got 1",
     ):
         fpipe.flax.merge_variables(model, ({},))
     with pytest.raises(

@@ -176,7 +176,8 @@ WRONG = {
     "offload of other devices": (
         {"offload": [1, 2, 3]},
         ValueError,
-        "`Pipe(offload=[1, 2, 3])`: 3 numbers for 4 devices",
+        "`Pipe(offload=[1, 2, 3])`: a number for each device is needed, 4 in all, got "
+        "3",
     ),
     "schedule made": (
         {"schedule": lambda d, m: d * m},
@@ -864,7 +865,7 @@ def test_a_schedule_for_another_number_of_stages_is_refused():
     with pytest.raises(
         ValueError,
         match=r"the pipe has 3 stages, but the function makes 6 stages on 3 devices, 2 "
-        r"stages on 1 devices",
+        r"stages on 1 device$",
     ):
         fpipe.Pipe([SIN] * 4, [1, 1, 2], schedule=looped)
 
@@ -890,7 +891,7 @@ def test_a_schedule_that_moves_stages_with_the_batch_is_refused():
     pipe(params, jnp.ones((2, 2)))
     with pytest.raises(
         ValueError,
-        match=r"'elsewhere' for 1 microbatches puts the stages on the devices \(1, "
+        match=r"'elsewhere' for 1 microbatch puts the stages on the devices \(1, "
         r"0\), but the parameters are placed on "
         r"\(0, 1\)",
     ):

@@ -946,7 +946,10 @@ def test_wrong_costs():
     with raises(ValueError, "`layer_costs(repeats=0)`: an int, at least 1"):
         fpipe.layer_costs([linear()], shape(2, W), repeats=0)
     known = fpipe.LayerCosts.given([1, 2])
-    with raises(ValueError, "`LayerCosts(params=...)`: 1 numbers for 2 layers"):
+    with raises(
+        ValueError,
+        "`LayerCosts(params=...)`: a number for each layer is needed, 2 in all, got 1",
+    ):
         dataclasses.replace(known, params=(1,))
     with raises(
         ValueError,

@@ -158,7 +158,7 @@ def test_what_is_refused():
         early_recompute(schedule, ahead=-1)
     with pytest.raises(TypeError, match="a Schedule is needed, got '1f1b'"):
         early_recompute("1f1b")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="3 numbers for 2 stages"):
+    with pytest.raises(ValueError, match="each stage is needed, 2 in all, got 3"):
         early_recompute(schedule, Costs(F=[1, 2, 3]))
 
 

@@ -174,13 +174,16 @@ def test_what_is_refused():
         "all devices: 1, 2, 3",
     ):
         offload(named("zb_h1", 3, 4), memory=2)
-    with raises(ValueError, "`offload(memory=[1])`: 1 numbers for 2 devices"):
+    with raises(
+        ValueError,
+        "`offload(memory=[1])`: a number for each device is needed, 2 in all, got 1",
+    ):
         offload(schedule, memory=[1])
     with pytest.raises(ValueError, match="finite and not negative"):
         offload(schedule, memory=-1)
     with pytest.raises(TypeError, match="a Schedule is needed"):
         offload("1f1b", memory=1)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="3 numbers for 2 stages"):
+    with pytest.raises(ValueError, match="each stage is needed, 2 in all, got 3"):
         offload(schedule, memory=1, costs=Costs(offload=[1, 2, 3]))
     # Forwards alone hold what they leave for good.
     forwards = named("forward_only", 2, 3)

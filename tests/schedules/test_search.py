@@ -337,7 +337,7 @@ ERRORS = {
     ),
     "costs": (
         ValueError,
-        "`Costs\\(F=\\(1.0,\\)\\)`: 1 numbers for 2 stages",
+        "`Costs\\(F=\\(1.0,\\)\\)`: a number for each stage is needed, 2 in all, got 1",
         (2, 4, Costs(F=[1])),
         {},
     ),
@@ -361,7 +361,8 @@ ERRORS = {
     ),
     "per device": (
         ValueError,
-        "`zero_bubble\\(memory=\\[4\\]\\)`: 1 numbers for 2 devices",
+        "`zero_bubble\\(memory=\\[4\\]\\)`: a number for each device is needed, 2 in "
+        "all, got 1",
         (2, 4),
         {"memory": [4]},
     ),

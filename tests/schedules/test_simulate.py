@@ -482,7 +482,9 @@ def test_one_number_where_none_or_several_may_not_be():
 @pytest.mark.parametrize("numbers", [(), (1.0,), (1.0, 1.0, 1.0)])
 def test_one_number_per_stage_exactly(field, numbers):
     with pytest.raises(
-        ValueError, match=rf"`Costs\({field}=.*: {len(numbers)} numbers for 2 stages"
+        ValueError,
+        match=rf"`Costs\({field}=.*: a number for each stage is needed, 2 in all, got "
+        f"{len(numbers)}$",
     ):
         simulate(schedules.gpipe(2, 2), Costs(**{field: numbers}))
 

@@ -446,7 +446,7 @@ W_BEFORE_I = (
 BROKEN = {
     "missing forward": (
         [[("B", 0, 0)]],
-        "F(0,0) is missing: there are 1 microbatches, because device 0 has B(0,0)",
+        "F(0,0) is missing: the schedule has 1 microbatch, because device 0 has B(0,0)",
     ),
     "missing backward": (
         [[("F", 0, 0), ("B", 0, 0), ("F", 0, 1)]],
@@ -458,12 +458,13 @@ BROKEN = {
     ),
     "gap": (
         [[("F", 0, 0), ("B", 0, 0), ("F", 0, 2), ("B", 0, 2)]],
-        "F(0,1) is missing: there are 3 microbatches, because device 0 has F(0,2)",
+        "F(0,1) is missing: the schedule has 3 microbatches, because device 0 has "
+        "F(0,2)",
     ),
     "a very large gap": (
         [[("F", 0, 10**15)]],
-        f"F(0,0) is missing: there are {10**15 + 1} microbatches, because device 0 has "
-        f"F(0,{10**15})",
+        f"F(0,0) is missing: the schedule has {10**15 + 1} microbatches, because "
+        f"device 0 has F(0,{10**15})",
     ),
     "idle device": (
         [[("F", 0, 0)], []],
@@ -475,9 +476,8 @@ BROKEN = {
     ),
     "unknown stage": (
         [[("F", 3, 0)]],
-        "device 0, position 0: F(3,0) is of stage 3, but there are 1 stages; with "
-        "several stages on a device give "
-        "stage_to_device",
+        "device 0, position 0: F(3,0) is of stage 3, but the schedule has 1 stage; "
+        "with several stages on a device give stage_to_device",
     ),
     "negative": (
         [[("F", 0, -1)]],
@@ -547,7 +547,7 @@ BROKEN = {
         "which waits for F(0,1), which device 0 has at position 2, after B(0,0), where "
         "this began",
     ),
-    "nothing": ([[]], "1 devices, 1 stages and no action: nothing to run"),
+    "nothing": ([[]], "1 device, 1 stage and no action: nothing to run"),
     "no device": ([], "0 devices, 0 stages and no action: nothing to run"),
 }
 
@@ -563,14 +563,14 @@ def test_broken_schedules_are_refused(name):
 MAPS = {
     "too short": (
         [0],
-        "device 1, position 0: F(1,0) is of stage 1, but there are 1 stages",
+        "device 1, position 0: F(1,0) is of stage 1, but the schedule has 1 stage",
     ),
     "too long": (
         [0, 1, 1],
         "F(2,0) is missing: stage 2 is on device 1, which has no action of it",
     ),
-    "outside": ([0, 2], "stage_to_device[1] is 2, but there are 2 devices"),
-    "negative": ([0, -1], "stage_to_device[1] is -1, but there are 2 devices"),
+    "outside": ([0, 2], "stage_to_device[1] is 2, but the schedule has 2 devices"),
+    "negative": ([0, -1], "stage_to_device[1] is -1, but the schedule has 2 devices"),
 }
 
 
@@ -650,8 +650,8 @@ def test_the_table_of_torch_with_a_microbatch_that_does_not_exist():
     rows[1].append(Action("F", 1, 4))
     with raises(
         ValueError,
-        "`Schedule`: F(0,4) is missing: there are 5 microbatches, because device 1 has "
-        "F(1,4)",
+        "`Schedule`: F(0,4) is missing: the schedule has 5 microbatches, because "
+        "device 1 has F(1,4)",
     ):
         Schedule(rows)
 

@@ -314,7 +314,7 @@ def split_of(case: Case) -> fpipe.Split | None:
                 if "no parameter with that path is used" in str(error):
                     path = str(error).partition("cuts=['")[2].partition("'")[0]
                     how["cuts"] = [other for other in how["cuts"] if other != path]
-                elif "places to cut at" in str(error):
+                elif " to cut at, " in str(error):
                     how = {}
                 else:
                     raise

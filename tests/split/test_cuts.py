@@ -336,7 +336,7 @@ def test_wrong_arguments():
         fpipe.split(fn, params, x, side=x)
     with pytest.raises(TypeError, match="one of them says"):
         fpipe.split(fn, params, x, cuts=["blocks/1"], stages=2)
-    with pytest.raises(ValueError, match="there are 1 places"):
+    with pytest.raises(ValueError, match="the function has 1 place to cut at"):
         fpipe.split(lambda p, x: (x @ p[0]) @ p[1], [X.T, X], X, stages=9)
 
     def outer(a):

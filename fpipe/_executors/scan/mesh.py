@@ -21,6 +21,7 @@ from fpipe._core.meshes import AnyMesh, is_explicit, to_device
 from fpipe._core.pytrees import Tracer
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.specs import WHOLE
+from fpipe.schedules._checks import counted
 
 
 def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
@@ -48,10 +49,10 @@ def check_size(mesh: Mesh, places: int, stages: int) -> None:
     """
     if mesh.shape[AXIS] != places:
         raise ValueError(
-            f"`Pipe(mesh=...)`: the mesh has {mesh.shape[AXIS]} places on its axis "
-            f"{AXIS!r}, but the schedule puts {stages} "
-            f"stages on {places} devices; give `balance` as many entries as the "
-            f"mesh needs, or a mesh of {places}"
+            f"`Pipe(mesh=...)`: the mesh has {counted(mesh.shape[AXIS], 'place')} on "
+            f"its axis {AXIS!r}, but the schedule puts {counted(stages, 'stage')} on "
+            f"{counted(places, 'device')}; give `balance` as many entries as the mesh "
+            f"needs, or a mesh of {places}"
         )
 
 

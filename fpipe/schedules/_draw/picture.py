@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from fpipe.schedules._action import COPIES, KINDS, Action, Kind
-from fpipe.schedules._checks import shown
+from fpipe.schedules._checks import a_type, shown
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._simulate import simulate
 from fpipe.schedules._timeline import Timeline
@@ -213,7 +213,7 @@ def _read_timeline(what: Schedule | Timeline, call: str) -> Timeline:
     if not isinstance(timeline, Timeline):
         given = shown(what)
         if hasattr(what, "timeline"):
-            given = f"a {type(what).__name__}: draw its `timeline`"
+            given = f"{a_type(what)}: draw its `timeline`"
         raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {given}")
     if not timeline.events:
         raise ValueError(f"`{call}`: the timeline {timeline.name!r} has no events")

@@ -531,7 +531,7 @@ def test_wrong_meshes_are_refused():
     with raises(
         ValueError,
         "`Pipe(mesh=...)`: the mesh has 2 places on its axis 'stage', but the schedule "
-        "puts 1 stages on 1 devices; give `balance` as many entries as the mesh needs, "
+        "puts 1 stage on 1 device; give `balance` as many entries as the mesh needs, "
         "or a mesh of 1",
     ):
         fpipe.Pipe(layers, [2], mesh=DATA)
