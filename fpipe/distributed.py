@@ -13,10 +13,12 @@ transfer needs a port in each process that the others can reach.
 """
 
 import atexit
+import contextlib
 import math
 import os
 import socket
 import sys
+import threading
 import traceback
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,8 +27,8 @@ import jax
 
 from fpipe._core import watchdog
 from fpipe._core.checks import is_number
-from fpipe._core.errors import shown
-from fpipe._core.processes import arrive
+from fpipe._core.errors import PREFIX, shown
+from fpipe._core.processes import arrive, greet
 from fpipe._core.pytrees import PyTree, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.scan.packing import Packed
@@ -34,6 +36,12 @@ from fpipe._executors.transfers import evenly, spread_evenly
 from fpipe._split.stacks import RowBlocks, joined
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
+
+# An address in no network, of RFC 5737. The way there begins at a machine's usual one.
+_SOMEWHERE = "192.0.2.1"
+
+# The seconds that a process which has raised waits for the others, to tell them.
+_PATIENCE = 30.0
 
 
 def initialize(
@@ -53,8 +61,9 @@ def initialize(
     - It gives this process an address for transfers between CPUs.
     - It starts a watchdog, which ends this process if another process does not send
       what a placed pipe waits for, or what `watched` is told of.
-    - If the script raises an exception, it ends this process at once. An ordinary exit
-      would wait for the others, which wait for this process.
+    - If the script raises an exception, it ends this process. An ordinary exit would
+      wait for the others, which wait for this process. If they have not met yet, it
+      first tells them, for up to 30 s.
 
     Arguments:
         coordinator_address: `"host:port"` of process 0. Default: JAX finds it, for
@@ -70,7 +79,8 @@ def initialize(
         transfer_address: `"host:port"` at which other processes reach this one, for
             transfers between CPUs. Default: the environment variable
             `FPIPE_TRANSFER_ADDRESS`. If that is not set: a free port of the address
-            from which this machine reaches the coordinator.
+            from which this machine reaches the coordinator, or, if JAX has found the
+            coordinator, of the address that this machine's name has.
         options: further arguments of `jax.distributed.initialize`, such as
             `heartbeat_timeout_seconds`.
 
@@ -84,15 +94,20 @@ def initialize(
             "0, or None for no watchdog"
         )
     given = transfer_address or os.environ.get(_ADDRESS)
-    address = _free_address(coordinator_address) if given is None else _checked(given)
+    address = None if given is None else _checked(given)
+    jax.distributed.initialize(
+        coordinator_address, num_processes, process_id, **options
+    )
+    # Not before: a cluster may know the coordinator's name only when it is there.
+    if address is None:
+        address = _free_address(
+            coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX publishes what is configured here, so a port of 0 would be found by nobody.
     jax.config.update("jax_cross_host_transfer_socket_address", address)
     host = address.rpartition(":")[0]
     jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{host}:0"] * 4))
-    jax.distributed.initialize(
-        coordinator_address, num_processes, process_id, **options
-    )
     watchdog.start(math.inf if timeout is None else float(timeout))
     sys.excepthook = _end
     # Before JAX's own: what is registered last is called first.
@@ -211,20 +226,30 @@ def _checked(address: Any) -> str:
 
 def _free_address(coordinator: str | None) -> str:
     """An address of this machine that the others can reach, with a free port."""
-    host = "127.0.0.1"
-    try:
-        if coordinator is None:
+    host = None
+    if coordinator is not None:
+        host = _source_of(coordinator.rpartition(":")[0])
+    if host is None:
+        with contextlib.suppress(OSError):  # it has no name
             host = socket.gethostbyname(socket.gethostname())
-        else:
-            # Nothing is sent: the system says from where it would be.
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((coordinator.rpartition(":")[0], 9))
-                host = probe.getsockname()[0]
-    except OSError:  # no name, no route: one machine
-        pass
+        # Some systems give a machine's own name an address that only it can reach.
+        if host is None or host.startswith("127."):
+            host = _source_of(_SOMEWHERE) or "127.0.0.1"
     with socket.socket() as free:
         free.bind((host, 0))
         return f"{host}:{free.getsockname()[1]}"
+
+
+def _source_of(host: str) -> str | None:
+    """The address of this machine from which it would send to another one, if there is
+    a way to it. Nothing is sent.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            return probe.getsockname()[0]
+    except OSError:  # no name, or no route
+        return None
 
 
 def _end(
@@ -238,4 +263,13 @@ def _end(
     traceback.print_exception(kind, error, where)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    # In a thread of its own, which the process does not wait for longer: the others may
+    # be anywhere.
+    notes = [n for n in getattr(error, "__notes__", ()) if n.startswith(PREFIX)]
+    text = ", ".join([f"{kind.__name__}: {error}", *notes])
+    telling = threading.Thread(target=greet, args=(text,), daemon=True)
+    telling.start()
+    telling.join(min(_PATIENCE, watchdog.timeout()))
+    os._exit(1)

@@ -171,6 +171,11 @@ def meet(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
     Returns:
         uint32, one row for each process.
     """
+    greet(None, describe)
+    return _met(numbers, describe)
+
+
+def _met(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
     given = np.asarray([numbers], np.uint32)
     mesh = Mesh(np.array(first_devices()), ("process",))
     with waiting(describe), jax.disable_jit(False), jax.transfer_guard("allow"):
@@ -186,6 +191,41 @@ def meet(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
                 "does not answer, and what it printed says why",
             )
             raise
+
+
+# Whether this process has met the others.
+_greeted: list[bool] = []
+_TEXT = 400  # bytes
+
+
+def greet(
+    raised: str | None,
+    describe: Describe = lambda: "all processes to make their first call together",
+) -> None:
+    """Before the first meeting of a process: all say that they are well, or what they
+    have raised. Later it does nothing.
+
+    A process that raises before it meets the others takes part too, before it ends. JAX
+    would have them wait for it to connect, and then not say which process is missing.
+
+    Arguments:
+        raised: what this process has raised, if anything.
+
+    Raises:
+        RuntimeError: another one has raised.
+    """
+    if _greeted:
+        return
+    _greeted.append(True)
+    said = (raised or "").encode()[:_TEXT].ljust(_TEXT, b"\0")
+    rows = _met(np.frombuffer(said, np.uint32), describe)
+    for process, row in enumerate(rows):
+        text = row.tobytes().rstrip(b"\0").decode(errors="ignore")
+        if text and raised is None:
+            raise RuntimeError(
+                f"process {process} has raised before its first call with the others: "
+                f"{text}. Its own output has the traceback"
+            )
 
 
 def arrive(received: Any, describe: Describe) -> None:

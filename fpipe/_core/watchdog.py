@@ -163,6 +163,11 @@ def start(timeout: float) -> None:
         _watchdogs.append(Watchdog(timeout))
 
 
+def timeout() -> float:
+    """The seconds after which it ends the process; infinity if there is none."""
+    return _watchdogs[0].timeout if _watchdogs else float("inf")
+
+
 def drain() -> None:
     """Wait until everything has come that other processes have sent."""
     if _watchdogs:

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -128,11 +129,26 @@ def solve(name):
         result, grads = train(placed, case.x, case.target, needs)
         found["call"] = encoded((result, pipe.gather(grads)))
         found["grad"] = encoded(pipe.gather(jax.grad(loss_of)(placed, x, target)))
+        found["raised"] = bad_gradient()
     if name == "different" and len(devices) == 4:
         found["grad"] = encoded(
             pipe.gather(jax.jit(jax.grad(loss_of))(placed, x, target))
         )
     return found
+
+
+def bad_gradient():
+    """What is raised of a NaN that is in a gradient of one process alone."""
+    root = fpipe.Layer(lambda p, x: jnp.sqrt(x * p), lambda key, x: jnp.zeros(4))
+    devices = jax.devices()
+    pipe = fpipe.Pipe([root, fpipe.fn(jnp.sin)], [1, 1], devices, 2, executor="scan")
+    x = on_all(pipe.mesh, np.zeros((4, 4), np.float32))[0]
+    params = pipe.init(jax.random.key(0), x)
+    with jax.debug_nans(True):
+        try:
+            pipe.value_and_grad(jnp.mean)(params, x)
+        except FloatingPointError as error:
+            return str(error)
 
 
 def on_all(mesh, *arrays):

@@ -286,11 +286,13 @@ def recorded(devices):
     return told, loss
 
 
-def told_of(f):
+def told_of(f, notes=False):
     try:
         f()
     except (FloatingPointError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {error}"
+        own = [n for n in getattr(error, "__notes__", ()) if n.startswith("fpipe: ")]
+        return "\n".join([said, *own] if notes else [said])
     raise AssertionError(f)
 
 
@@ -312,7 +314,23 @@ def anomalous(devices):
     one = fpipe.Pipe([dense()] * 2, devices=devices, chunks=2, detect_anomaly=True)
     params = one.place(Case([dense()] * 2, chunks=2, rows=4).params())
     loss, _ = one.value_and_grad(mse)(params, case.x, case.target)
+    # A NaN that JAX looks for: of a stage in one process, and of one in both.
+    layers = [dense(activation=jnp.positive)] * 2 + [fpipe.fn(root)]
+    case = Case(layers, chunks=2, rows=4)
+    pairs = np.array(jax.devices()).reshape(2, 2)
+    with jax.debug_nans(True):
+        for places in (devices, [Mesh(pair, "data") for pair in pairs.T]):
+            pipe = fpipe.Pipe(layers, [1, 2], places, chunks=2)
+            params, step = pipe.place(case.params()), pipe.value_and_grad(mse)
+            step(params, case.x, case.target)
+            given = params, 1000 * case.x, case.target
+            told.append(told_of(lambda f=step, given=given: f(*given), notes=True))
     return told, loss
+
+
+def root(x):
+    """It makes a NaN of large numbers."""
+    return jnp.sqrt(100 - x * x)
 
 
 def anomalous_reference():
@@ -394,16 +412,16 @@ def measured(devices):
     return [told, temporary], plain.evaluate(mse)(params, PLAIN.x, PLAIN.target)
 
 
-def trained_on(places, balance=(5, 4)):
+def trained_on(places, balance=(5, 5), case=NORMED):
     """A pipe whose stages are on these places, its parameters, what a step gives, and
     the gradients where they are.
     """
-    pipe = pipe_of(CASE, places, balance=list(balance))
-    params = pipe.place(CASE.params())
-    state = pipe.init_state(CASE.x, side=CASE.side, params=params)
+    pipe = pipe_of(case, places, balance=list(balance))
+    params = pipe.place(case.params())
+    state = pipe.init_state(case.x, side=case.side, params=params)
     step = pipe.value_and_grad(mse)
-    needs = CASE.needs | {"state": state}
-    (loss, state), grads = step(params, CASE.x, CASE.target, **needs)
+    needs = case.needs | {"state": state}
+    (loss, state), grads = step(params, case.x, case.target, **needs)
     return pipe, params, [loss, pipe.gather_state(state), pipe.gather(grads)], grads
 
 
@@ -445,8 +463,8 @@ def made_cut(places):
 
 
 def over_meshes_reference():
-    (loss, state), grads = reference(CASE)
-    tx, params = optimizer(), CASE.params()
+    (loss, state), grads = reference(NORMED)
+    tx, params = optimizer(), NORMED.params()
     with jax.numpy_dtype_promotion("standard"):
         updates, moments = jax.jit(tx.update)(grads, tx.init(params), params)
     made = fpipe.sequential([dense()] * 2).init(jax.random.key(0), PLAIN.x)
@@ -457,13 +475,14 @@ def over_meshes_reference():
 def over_pairs(devices):
     """Each stage in two of four processes, which are not those of the other stage."""
     of_stages = np.array(devices).reshape(2, 2, 2)
-    return trained_on([Mesh(own, ("data", "model")) for own in of_stages])[2]
+    meshes = [Mesh(own, ("data", "model")) for own in of_stages]
+    return trained_on(meshes, (5, 4), CASE)[2]
 
 
 def over_chain(devices):
     """Stages in the processes 0 and 1, in 0 alone, and in 1 and 2."""
     first, last = Mesh(devices[0:3:2], "data"), Mesh(devices[3:5], "data")
-    return trained_on([first, devices[1], last], (4, 3, 2))[2]
+    return trained_on([first, devices[1], last], (4, 3, 2), CASE)[2]
 
 
 def over_more_reference():

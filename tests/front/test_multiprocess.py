@@ -57,6 +57,7 @@ def test_two_processes_compute_what_one_does(tmp_path, devices, names):
             assert_same(decoded(got["step"], step), step)
             if "call" in got:
                 assert_same(decoded(got["call"], step), step)
+                assert got["raised"] == "invalid value (nan) encountered in mul"
             if "grad" in got:
                 assert_same(decoded(got["grad"], grad), grad)
         # Devices that share a layer make their parts of it, in a program.

@@ -98,12 +98,24 @@ def test_processes_compute_what_one_does(tmp_path, schedules):
     assert elsewhere.format(0) in second
     # All say the same, the first one because its layers made it, the other because it
     # was told.
-    made, in_backward = told["anomalies"][0]
-    assert told["anomalies"][1] == [made, in_backward]
+    made, in_backward, named, shared = told["anomalies"][0]
+    assert told["anomalies"][1][:2] == [made, in_backward]
     assert "layer 1 'sqrt'" in made
     assert "stage 0" in made
     assert "microbatch 0" in made
     assert "backward" in in_backward
+    # JAX's own search finds the operation where one process made it, and both name it.
+    running = (
+        "fpipe: while running the forward and backward of stage 1 (layers 1 'dense', 2 "
+        "'root'), microbatch 0, on "
+    )
+    sqrt = f"FloatingPointError: invalid value (nan) encountered in sqrt\n{running}"
+    several = "(nan) in the result of a program of several processes. `Pipe(..., detect"
+    assert told["anomalies"][1][2].startswith(sqrt)
+    assert named == told["anomalies"][1][2] + " (process 1)"
+    assert several in shared
+    assert running in shared
+    assert told["anomalies"][1][3] == f"{shared} (process 0)"
     # A microbatch's boundary and its cotangent are 2 x 4 floats; the loss is one.
     assert told["recording"][0] == told["recording"][1]
     assert told["recording"][0][:-1] == [
@@ -225,8 +237,9 @@ def test_one_is_killed_while_all_save(tmp_path):
 # What the process that is left prints. A stopped one is ended by nobody but the
 # watchdog of the other; it names what did not come.
 ENDS = {
-    "raises early": "fpipe: this process has waited 0.5 s for all processes to make "
-    "the same call; it ends",
+    "raises early": "RuntimeError: process 1 has raised before its first call with the "
+    "others: ArithmeticError: a layer that raises, fpipe: in layer 1 'dense', stage 1, "
+    "microbatch 0. Its own output has the traceback",
     "killed": "JaxRuntimeError|another task died",
     "raises": "JaxRuntimeError|another task died",
     "stopped": r"fpipe: this process has waited 3 s for the transfer of y\[0\] stage0 "
@@ -243,7 +256,7 @@ RAISED = {
 @pytest.mark.parametrize("how", ENDS)
 def test_a_process_that_is_no_more_ends_the_other(tmp_path, how):
     victim = 0 if how == "stopped" else 1
-    timeout = {"stopped": "3", "raises early": "0.5"}.get(how, str(HANG))
+    timeout = "3" if how == "stopped" else str(HANG)
     flags = ("--processes", "2", "--timeout", timeout)
     what = how.replace("raises", "raise") if how in RAISED else "train"
     with Workers(WORKER, 2, tmp_path, *flags, what) as workers:

@@ -31,7 +31,7 @@ from fpipe._core.errors import add_note
 from fpipe._core.meshes import is_explicit
 from fpipe._core.processes import alive, connect, ghost, is_here, meet
 from fpipe._core.pytrees import eval_shape, is_inexact, nbytes
-from fpipe._core.settings import checked, debugging
+from fpipe._core.settings import checked, debugging, unchecked
 from fpipe._executors.placed.compile import Progress, compile_plan, slot_shapes
 from fpipe._executors.placed.crossing import Crossing, agree, links_of
 from fpipe._executors.placed.instructions import (
@@ -44,6 +44,7 @@ from fpipe._executors.placed.instructions import (
     Run,
     read_from_outside,
 )
+from fpipe._executors.placed.not_finite import Search
 from fpipe._executors.placed.pace import Pace, clock
 from fpipe._executors.placed.threads import Call, Crew, Share, Step, divide
 from fpipe._executors.placed.watch import Probe, Watch, probes_of
@@ -236,6 +237,8 @@ class ReadyPlan:
         recorders = recorders_of(self.layout)
         if recorders:
             self._record(slots, half, recorders)
+        elif self.layout.is_over_processes and debugging():
+            self._search(slots, half)
         elif self.pace.is_open and half is Half.WHOLE:
             shares = self.shares[half]
             self.pace.look(
@@ -244,6 +247,13 @@ class ReadyPlan:
         else:
             self.issue(self.shares[half], slots)
         return slots
+
+    def _search(self, slots: list[Any], half: Half) -> None:
+        """Run, and raise in all processes if a program of one made a NaN."""
+        search = Search(self._described)
+        with unchecked():
+            self.issue(with_calls(self.shares[half], search.looked_at), slots)
+        search.conclude()
 
     def _record(
         self, slots: list[Any], half: Half, recorders: Sequence[Recorder]
