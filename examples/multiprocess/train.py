@@ -85,7 +85,10 @@ def join(args: argparse.Namespace) -> None:
     # Without checkpoints this one simply ends.
     preemption = args.checkpoints is not None
     jax.config.update("jax_enable_preemption_service", preemption)
-    # From now on a script that raises ends at once, and the others with it.
+    # Who is told everything need not look for a cluster. In Kubernetes JAX would warn
+    # that it cannot ask the cluster without a package.
+    known = None not in (args.coordinator, args.processes, args.process)
+    # From now on a script that raises ends, and the others with it.
     fpipe.distributed.initialize(
         args.coordinator,
         args.processes,
@@ -93,6 +96,7 @@ def join(args: argparse.Namespace) -> None:
         timeout=args.patience,
         heartbeat_timeout_seconds=args.patience,
         shutdown_timeout_seconds=args.patience,
+        cluster_detection_method="deactivate" if known else None,
     )
 
 

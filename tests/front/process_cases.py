@@ -646,10 +646,20 @@ def main():
     address = f"127.0.0.1:{port}"
     if args.processes == 3:
         os.environ["FPIPE_TRANSFER_ADDRESS"] = address
+    joining = args.coordinator, args.processes, args.process
+    if args.processes == 4:  # as under Slurm
+        host, _, own = args.coordinator.rpartition(":")
+        os.environ |= {
+            "JAX_COORDINATOR_PORT": own,
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": host,
+            "SLURM_NTASKS": str(args.processes),
+            "SLURM_PROCID": str(args.process),
+            "SLURM_LOCALID": str(args.process),
+        }
+        joining = ()
     fpipe.distributed.initialize(
-        args.coordinator,
-        args.processes,
-        args.process,
+        *joining,
         timeout=args.timeout,
         transfer_address=address if args.processes == 4 else None,
         initialization_timeout=HANG,

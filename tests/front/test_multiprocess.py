@@ -247,5 +247,8 @@ def test_the_job_is_consistent():
         == job["spec"]["completions"]
         == job["spec"]["parallelism"]
     )
+    # Of an indexed job each container has this variable.
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert flags["--process"] == "$(JOB_COMPLETION_INDEX)"
     text = (ROOT / container["command"][1]).read_text()
     assert all(f'"{flag}"' in text for flag in flags)
