@@ -13,10 +13,8 @@ transfer needs a port in each process that the others can reach.
 """
 
 import atexit
-import contextlib
 import math
 import os
-import socket
 import sys
 import threading
 import traceback
@@ -26,6 +24,7 @@ from typing import Any, TypeVar
 import jax
 
 from fpipe._core import watchdog
+from fpipe._core.addresses import free_address
 from fpipe._core.checks import is_number
 from fpipe._core.errors import PREFIX, shown
 from fpipe._core.processes import arrive, greet
@@ -36,9 +35,6 @@ from fpipe._executors.transfers import evenly, spread_evenly
 from fpipe._split.stacks import RowBlocks, joined
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
-
-# An address in no network, of RFC 5737. The way there begins at a machine's usual one.
-_SOMEWHERE = "192.0.2.1"
 
 # The seconds that a process which has raised waits for the others, to tell them.
 _PATIENCE = 30.0
@@ -100,7 +96,7 @@ def initialize(
     )
     # Not before: a cluster may know the coordinator's name only when it is there.
     if address is None:
-        address = _free_address(
+        address = free_address(
             coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -222,34 +218,6 @@ def _checked(address: Any) -> str:
             "are told this port, so it cannot be 0"
         )
     return address
-
-
-def _free_address(coordinator: str | None) -> str:
-    """An address of this machine that the others can reach, with a free port."""
-    host = None
-    if coordinator is not None:
-        host = _source_of(coordinator.rpartition(":")[0])
-    if host is None:
-        with contextlib.suppress(OSError):  # it has no name
-            host = socket.gethostbyname(socket.gethostname())
-        # Some systems give a machine's own name an address that only it can reach.
-        if host is None or host.startswith("127."):
-            host = _source_of(_SOMEWHERE) or "127.0.0.1"
-    with socket.socket() as free:
-        free.bind((host, 0))
-        return f"{host}:{free.getsockname()[1]}"
-
-
-def _source_of(host: str) -> str | None:
-    """The address of this machine from which it would send to another one, if there is
-    a way to it. Nothing is sent.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return probe.getsockname()[0]
-    except OSError:  # no name, or no route
-        return None
 
 
 def _end(

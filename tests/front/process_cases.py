@@ -646,7 +646,7 @@ def main():
     address = f"127.0.0.1:{port}"
     if args.processes == 3:
         os.environ["FPIPE_TRANSFER_ADDRESS"] = address
-    joining = args.coordinator, args.processes, args.process
+    joining: tuple[Any, ...] = args.coordinator, args.processes, args.process
     if args.processes == 4:  # as under Slurm
         host, _, own = args.coordinator.rpartition(":")
         os.environ |= {
