@@ -4,6 +4,7 @@ In: the user's function, its parameters, and a microbatch, or their shapes. Out:
 `Split`. A `Pipe` runs its layers. It also converts the user's own tree of parameters to
 the layers' parameters, and back. The steps, one module each:
 
+    arguments.py      the arguments of `fpipe.split`, checked
     mark.py           `fpipe.cut`, which an author writes into the function
     trace.py          the function's graph, whose inputs have names
     opening.py        loops over layers, written out, and checkpointed models
@@ -28,7 +29,7 @@ from typing import Any, overload
 import jax
 
 from fpipe._core.checks import as_bool, as_int
-from fpipe._core.errors import noting, shown
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -43,13 +44,14 @@ from fpipe._core.statics import check_leaves
 from fpipe._executors.placement import Placement
 from fpipe._model.frozen import Frozen, spread
 from fpipe._model.function_layers import FunctionLayers, OwnTree
-from fpipe._model.layer import Layer, as_layer
+from fpipe._model.layer import Layer
 from fpipe._model.microbatch import CallShapes, Cut, Whole
 from fpipe._model.model import Model
-from fpipe._model.needs import BY_NAME, OF_CALL, OF_FUNCTION, call_needs
+from fpipe._model.needs import OF_CALL, call_needs
 from fpipe._model.straight import StraightInputs, only, rejoined, user_side
 from fpipe._model.wrappers import Microbatches
 from fpipe._planning.costs import LayerCosts, Sent
+from fpipe._split.arguments import as_function, as_paths, check_example, check_rows
 from fpipe._split.balance import best_balance
 from fpipe._split.cut_graph import (
     BorrowedParameter,
@@ -62,7 +64,7 @@ from fpipe._split.specs import check_blocks, check_places, specs_of
 from fpipe._split.stacks import Rows
 from fpipe._split.svg import MOST_PIECES, svg
 from fpipe._split.table import tables
-from fpipe._split.trace import Function, Kind, RowsAt, trace_function
+from fpipe._split.trace import Function, Kind, RowsAt
 from fpipe.schedules._checks import counted
 
 
@@ -690,123 +692,26 @@ def split(
         >>> pipe(placed, jnp.ones((8, 3))).shape
         (8, 3)
     """
-    if not callable(fn) and not isinstance(fn, Layer):
-        raise TypeError(
-            f"`fpipe.split(fn)`: fn is a function `fn(params, x)`, got {shown(fn)}; "
-            "layers, or a split, are for `fpipe.Pipe`"
-        )
-    with noting(
-        "`fpipe.split(fn)` takes a function of its parameters, such as `module.apply` "
-        "of a linen module, or one that merges a module of NNX or Equinox"
-    ):
-        layer = as_layer(fn)
-    refused = [name for name in layer.needs or () if name not in OF_FUNCTION]
-    if refused:
-        raise TypeError(
-            f"`fpipe.split(fn)`: {layer.name!r} asks for {', '.join(refused)}, and a "
-            f"function that is split can only have the needs {', '.join(OF_FUNCTION)}"
-        )
-    if layer.finish or layer.overwrite:
-        raise TypeError(
-            f"`fpipe.split(layer)`: {layer.name!r} declares finish or overwrite, which "
-            "a function that is split cannot have: give `fpipe.Pipe` the layers "
-            "themselves"
-        )
-    if layer.asks("state") != (state is not None):
-        what = "asks for its" if state is None else "asks for no"
-        raise TypeError(
-            f"`fpipe.split(fn, state=...)`: {layer.name!r} {what} state; the parameter "
-            "`state` and an example of it, or its shapes, belong together"
-        )
+    layer = as_function(fn, state)
     check_leaves(state, "state")
     if stages is not None:
         stages = as_int("fpipe.split", "stages", stages)
     train = as_bool("fpipe.split", "train", train)
     if cuts is not None:
-        cuts = _as_paths(cuts)
+        cuts = as_paths(cuts)
         if stages is not None:
             raise TypeError(
                 "`fpipe.split(stages=..., cuts=...)`: one of them says where it is cut"
             )
-    if not any(map(is_array, jax.tree.leaves(x))):
-        raise TypeError(
-            "`fpipe.split(fn, params, x)`: x is an example of a microbatch, or its "
-            f"shapes, got {describe(x)}, which has no array"
-        )
     needs = call_needs(side=side, key=key, train=train, step=step)
-    for name, given in needs.items():
-        if given is not BY_NAME[name].missing and not layer.asks(name):
-            raise ValueError(
-                f"`fpipe.split(fn, {name}=...)`: {layer.name!r} does not ask for it: "
-                f"make it a keyword-only parameter, `def {layer.name}(params, x, *, "
-                f"{name})`, or write `fpipe.Layer(fn, needs=[{name!r}])`"
-            )
+    check_example(layer, x, needs)
     shapes = CallShapes.of(x, needs, 1)
     once, twice = Kind.of(*shapes.first), Kind.of(shapes.twice.x, shapes.twice.needs)
     function = Function.of(layer, params, state, RowsAt.of(x))
-    _check_rows(function, once, twice)
+    check_rows(function, once, twice)
     cut = CutFunction(function, once, cuts, stages, specs=specs_of(specs, params))
     made = Split(cut)
     # All mistakes are found here, and not in the first call.
     check_blocks(cut.specs, function.paths, made.cut.wiring.owned)
     cut.note(twice)
     return made
-
-
-def _as_paths(cuts: Any) -> tuple[str, ...]:
-    """Paths of parameters, checked."""
-    listed = isinstance(cuts, Iterable) and not isinstance(cuts, (str, Mapping))
-    given = list(cuts) if listed else []
-    paths = tuple(path for path in given if isinstance(path, str))
-    if not listed or len(paths) < len(given):
-        raise TypeError(
-            f"`fpipe.split(cuts={shown(cuts)})`: a list of paths of parameters, "
-            'such as ["decoder"]'
-        )
-    return paths
-
-
-def _check_rows(function: Function, once: Kind, twice: Kind) -> None:
-    """Check that a state of rows is declared, and has as many rows as the microbatch.
-
-    Arguments:
-        once, twice: the microbatch, and one of twice the rows.
-    """
-    if function.rows is None or not function.state.leaves:
-        return
-    rows = function.rows.count(once.x)
-    leaves = function.state.leaves
-    follows = [a.shape[:1] == (rows,) for a in leaves]
-    if function.layer.state_rows and not all(follows):
-        n = follows.index(False)
-        raise ValueError(
-            f"`fpipe.split(layer, state=...)`: the state {function.state_paths[n]!r} "
-            f"is {describe(leaves[n])}, but x has {rows} rows, and a state of rows "
-            "(`Layer(state_rows=True)`) has as many on its first axis"
-        )
-    if function.layer.state_rows is not None or not any(follows):
-        return
-    # 64 entries may be rows or channels. A trace with another number of rows tells: if
-    # the function takes that many entries, they are rows.
-    more = tuple(
-        a.update(shape=(2 * rows, *a.shape[1:])) if own else a
-        for own, a in zip(follows, leaves, strict=True)
-    )
-    state = dataclasses.replace(function.state, leaves=more)
-    try:
-        traced = trace_function(dataclasses.replace(function, state=state), twice)
-    except Exception:
-        return
-    read = {v for node in traced.live for v in node.ins}
-    pairs = zip(traced.state_roots, traced.state, strict=True)
-    read_leaves = {rows.leaf for rows, v in pairs if v in read}
-    found = [n for n, own in enumerate(follows) if own and n in read_leaves]
-    if not found:
-        return
-    path = function.state_paths[found[0]]
-    raise ValueError(
-        f"`fpipe.split(fn, state=...)`: the state follows the rows: {path!r} has an "
-        f"entry for each of the {rows} rows of x, and all microbatches would share "
-        "them: split `fpipe.Layer(fn, state_rows=True)`, and each microbatch gets "
-        "those of its own rows (`state_rows=False`: they are meant to share them)"
-    )
