@@ -231,10 +231,10 @@ def greet(
 def arrive(received: Any, describe: Describe) -> None:
     """Wait until what was sent has arrived, in every process.
 
-    Between CPUs a collective holds a thread of JAX on each device of its process, and
-    what this process sends needs a thread too. So a process that meets the others over
-    all its devices, as the save of a checkpoint does, may never send the rest to a
-    slower one. This one holds a thread of one device alone.
+    What follows may meet the others over all devices, as the save of a checkpoint does.
+    Between CPUs each of these then holds a thread, and sending needs one too. After
+    `fpipe.distributed.initialize` there are enough. This does not rely on it: it meets
+    the others with one device alone.
 
     Arguments:
         received: the arrays that were sent to this process, in any pytree.
@@ -422,20 +422,7 @@ def fetch(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
 
 
 def gather(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
-    """As `fetch`, and no process goes on before all of them have the arrays.
-
-    Nothing is sent either before all of them have made what they have: between CPUs a
-    program that still runs on devices of several processes holds threads that sending
-    needs (see `arrive`).
-    """
-    made = [
-        array
-        for array in arrays
-        if isinstance(array, jax.Array)
-        and not is_traced(array)
-        and array.addressable_shards
-    ]
-    arrive(made, lambda: "all processes to make what is gathered")
+    """As `fetch`, and no process goes on before all of them have the arrays."""
     found = fetch(arrays, firsts)
     arrive(found, lambda: "all processes to have what is gathered")
     return found

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.distributed
 import fpipe.optim
+from fpipe._core import processes
 from tests.front.workers import encoded, free_port, is_taken, recording
 from tests.helpers import (
     HANG,
@@ -472,6 +473,62 @@ def over_meshes_reference():
     return [[loss, state, grads]] * 3, norm, updates, moments, made
 
 
+WIDE = np.linspace(-1, 1, 256 * 256, dtype=np.float32).reshape(1, 256, 256)
+
+
+def squared(x):
+    """Its program does too much to run in the thread that calls it."""
+    return jnp.sum(jnp.tanh(x @ x), (0, 1))
+
+
+def held(devices):
+    """Two programs that both processes run. One is in both of them, with all devices
+    that it has, before the other asks for the arrays that it needs for them.
+
+    XLA has a thread for each of two devices, if they are as many as the cores. A
+    process that has no more waits in both, and nobody sends the arrays.
+    """
+    half = len(devices) // 2
+    is_first = jax.process_index() == 0
+    pairs = list(zip(devices[:half], devices[half:], strict=True))
+    places = [NamedSharding(Mesh(np.array(pair), "data"), P("data")) for pair in pairs]
+    programs = [
+        jax.jit(squared, out_shardings=NamedSharding(place.mesh, P()))
+        for place in places
+    ]
+
+    def run(program, place, own):
+        shape = (2, *WIDE.shape[1:])
+        return program(jax.make_array_from_single_device_arrays(shape, place, [own]))
+
+    for program, place, pair in zip(programs, places, pairs, strict=True):
+        own = jax.device_put(WIDE, pair[jax.process_index()])
+        run(program, place, own).block_until_ready()
+    links = [(a, b) for a, (_, b) in zip(devices[:half], pairs[::-1], strict=True)]
+    processes.connect(processes.Link(*link) for link in links)
+    if not is_first:
+        time.sleep(0.5)
+    found = []
+    sent = {}
+    for source, target in links:
+        lies = SingleDeviceSharding(source)
+        array = (
+            jax.device_put(WIDE, lies)
+            if is_first
+            else processes.ghost(WIDE.shape, WIDE.dtype, lies)
+        )
+        goes = [SingleDeviceSharding(target)]
+        (sent[target],) = processes.put_across([array], goes, lambda: "an array")
+    for program, place, (own, other) in zip(programs, places, pairs, strict=True):
+        array = jax.device_put(WIDE, own) if is_first else sent[other]
+        found.append(run(program, place, array))
+    return found
+
+
+def held_reference():
+    return [jax.jit(squared)(np.concatenate([WIDE, WIDE]))] * 2
+
+
 def over_pairs(devices):
     """Each stage in two of four processes, which are not those of the other stage."""
     of_stages = np.array(devices).reshape(2, 2, 2)
@@ -566,6 +623,7 @@ CASES = {
     "measured": Of(measured, misfed_reference),
     "inputs": Of(misfed, misfed_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
+    "held": Of(held, held_reference, whole=True),
     "pairs": Of(over_pairs, over_more_reference, whole=True, processes=4),
     "chain": Of(over_chain, over_more_reference, whole=True, processes=3),
     "disagree": Of(disagreed, lambda: None),
