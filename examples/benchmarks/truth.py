@@ -2,7 +2,7 @@
 
 The models are those of the three examples (`train_unet.py`, `train_lm.py`,
 `train_resnet.py`), made small, over four devices. The script ends with 1 if it misses a
-goal. Four parts:
+goal. Five parts:
 
 1. Peak bytes under the placed executor. While a step runs, all live arrays
    (`jax.live_arrays()`) are counted after each program and each transfer, when what it
@@ -21,7 +21,10 @@ goal. Four parts:
 3. The order of schedules by time: stages that sleep, of unequal lengths, planned with
    `by="time"` and run alternately. Of all pairs of cases whose plans differ by more
    than 3 %, all must be in the right order.
-4. Seconds of the example models, planned with `by="time"` and measured. On CPUs without
+4. The same where launches take time: the host sleeps before each program. A part of the
+   steps is planned to be bound by that. Of all pairs whose plans differ by more than
+   10 %, all must be in the right order.
+5. Seconds of the example models, planned with `by="time"` and measured. On CPUs without
    a goal: simulated devices share cores, and the plan does not know that.
 """
 
@@ -43,17 +46,19 @@ import tempfile
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _asleep import asleep
 from flax import linen as nn
 
 import fpipe
 import fpipe.flax
 from fpipe._executors.placed import dispatch
+from fpipe._executors.placed.instructions import Run
 
 DEVICES, CHUNKS = 4, 8
 CHECKPOINTS = ("always", "except_last", "never")
@@ -65,8 +70,8 @@ ORDERED = [
     for name in ("gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zb_h1", "zb_v")
 ]
 ORDERED += [(name, "always") for name in ("gpipe", "1f1b")]
-PARTS = ("arrays", "scan", "allocator", "order", "seconds")
-NEAR, APART = 0.05, 0.03
+PARTS = ("arrays", "scan", "allocator", "order", "launches", "seconds")
+NEAR = 0.05
 MIB = 2**20
 
 # --- the models -----------------------------------------------------------------------
@@ -438,37 +443,78 @@ def one(name: str, schedule: str, checkpoint: str, scale: int) -> None:
 
 
 def sleeping(seconds: float) -> fpipe.Layer:
-    """`x * p`, asleep for so long in its forward, in its input gradient, and in its
-    weight gradient.
+    """`x * p`, asleep for so long a row in its forward, in its input gradient, and in
+    its weight gradient.
     """
-
-    def nap(value: Any) -> Any:
-        time.sleep(seconds)
-        return value
-
-    def call(value: Any) -> Any:
-        return jax.pure_callback(
-            nap, jax.ShapeDtypeStruct(value.shape, value.dtype), value
-        )
 
     @jax.custom_vjp
     def times(p, x):
-        return call(x * p)
+        return asleep(seconds * len(x), x * p)
 
     def forward(p, x):
         return times(p, x), (p, x)
 
     def backward(residuals, g):
         p, x = residuals
-        return call((g * x).sum(0)), call(g * p)
+        of_x = asleep(seconds * len(x), g * p)
+        # One after the other: two could sleep at once.
+        return asleep(seconds * len(x), (g * x).sum(0), of_x), of_x
 
     times.defvjp(forward, backward)
     return fpipe.Layer(times, lambda key, x: jnp.ones(x.shape[-1]))
 
 
+# So many FLOPs at least, for XLA not to take a program for a short one.
+WIDE = 1024
+
+
 # Two layers a stage, or one where a device has two stages. With these nearly every
 # schedule takes a time of its own.
 UNITS = (2.0, 2.0, 2.0, 1.0, 0.5, 0.5, 1.0, 1.5)
+
+
+def sleeping_pipe(
+    layers: Sequence[fpipe.Layer], schedule: str, chunks: int, **options: Any
+) -> fpipe.Pipe:
+    """A pipe over four devices."""
+    stages = fpipe.schedules.named(schedule, DEVICES, chunks).stages
+    balance = [len(layers) // stages] * stages
+    devices = jax.devices()
+    return fpipe.Pipe(layers, balance, devices, chunks, schedule=schedule, **options)
+
+
+def timed(run: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """The median seconds of some runs of each, in turn."""
+    took = collections.defaultdict[Any, list[float]](list)
+    for case in [*run] * repeats:
+        start = time.perf_counter()
+        jax.block_until_ready(run[case]())
+        took[case].append(time.perf_counter() - start)
+    return {case: statistics.median(took[case]) for case in took}
+
+
+def in_order(
+    planned: dict[Any, float], measured: dict[Any, float], apart: float
+) -> bool:
+    """Print how many pairs are in the right order; whether all are.
+
+    Arguments:
+        apart: by what share plans differ that are compared.
+    """
+    pairs = [
+        (a, b)
+        for a, b in itertools.permutations(planned, 2)
+        if planned[b] > (1 + apart) * planned[a]
+    ]
+    wrong = [(a, b) for a, b in pairs if measured[a] >= measured[b]]
+    for a, b in wrong:
+        print("wrong:", *a, "before", *b)
+    print(
+        f"pairs in the right order: {len(pairs) - len(wrong)} of {len(pairs)}, goal "
+        f"all: {'no' if wrong else 'yes'}",
+        flush=True,
+    )
+    return not wrong
 
 
 def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> bool:
@@ -479,14 +525,10 @@ def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> 
     )
     print(f"medians of {repeats} alternating runs")
     print("schedule           checkpoint    planned ms   measured ms   ratio")
-    layers, x = [sleeping(u * unit) for u in UNITS], jnp.ones((CHUNKS, 2))
-    planned, run, took = {}, {}, collections.defaultdict[Any, list[float]](list)
+    layers, x = [sleeping(u * unit) for u in UNITS], jnp.ones((CHUNKS, WIDE))
+    planned, run = {}, {}
     for case in cases:
-        stages = fpipe.schedules.named(case[0], DEVICES, CHUNKS).stages
-        balance = [len(layers) // stages] * stages
-        pipe = fpipe.Pipe(
-            layers, balance, jax.devices(), CHUNKS, schedule=case[0], checkpoint=case[1]
-        )
+        pipe = sleeping_pipe(layers, case[0], CHUNKS, checkpoint=case[1])
         # With the gradient of `x`: else the first stage would have no input gradient to
         # compute.
         planned[case] = pipe.plan(
@@ -498,28 +540,102 @@ def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> 
         )
         run[case] = functools.partial(step, params, x)
         jax.block_until_ready(run[case]())
-    for case in [*run] * repeats:
-        start = time.perf_counter()
-        jax.block_until_ready(run[case]())
-        took[case].append(time.perf_counter() - start)
-    measured = {case: statistics.median(took[case]) for case in took}
+    measured = timed(run, repeats)
     for case in sorted(planned, key=planned.__getitem__):
         ms, real = planned[case] * 1e3, measured[case] * 1e3
         print(f"{case[0]:18s} {case[1]:11s} {ms:12.0f} {real:13.0f} {ms / real:7.2f}")
-    pairs = [
-        (a, b)
-        for a, b in itertools.permutations(planned, 2)
-        if planned[b] > (1 + APART) * planned[a]
-    ]
-    wrong = [(a, b) for a, b in pairs if measured[a] >= measured[b]]
-    for a, b in wrong:
-        print(f"wrong: {' '.join(a)} before {' '.join(b)}")
+    return in_order(planned, measured, apart=0.03)
+
+
+@contextlib.contextmanager
+def slow_launches(seconds: float) -> Iterator[None]:
+    """The host sleeps so long before it launches an action."""
+    issue = dispatch.ReadyPlan.issue
+
+    def slow(step: Any) -> Any:
+        def launched(*arrays: Any) -> Any:
+            if isinstance(step.item, Run) and step.item.actions:
+                time.sleep(seconds)
+            return step.call(*arrays)
+
+        return launched
+
+    def slowed(plan: Any, shares: Any, slots: Any) -> None:
+        issue(plan, dispatch.with_calls(shares, slow), slots)
+
+    with unittest.mock.patch.object(dispatch.ReadyPlan, "issue", slowed):
+        yield
+
+
+def launched(seconds: float, step: Callable[..., Any], *args: Any) -> Any:
+    """A step with slow launches."""
+    with slow_launches(seconds):
+        return step(*args)
+
+
+class Launching(NamedTuple):
+    """A step, who launches its programs, and how many seconds a launch takes."""
+
+    schedule: str
+    chunks: int
+    dispatch: str
+    launch: float = 0.0
+
+
+LAUNCHING = [
+    Launching(name, m, who)
+    for name in ("gpipe", "1f1b", "zb_h1", "interleaved_1f1b")
+    for m, who in ((4, "one_thread"), (16, "one_thread"), (16, "thread_per_device"))
+]
+
+
+def launch_table(cases: Sequence[Launching], unit: float, repeats: int) -> bool:
+    """Whether all pairs are in the right order."""
+    rows = max(case.chunks for case in cases)
+    of_row = unit / 4
     print(
-        f"pairs in the right order: {len(pairs) - len(wrong)} of {len(pairs)}, goal "
-        f"all: {'no' if wrong else 'yes'}",
-        flush=True,
+        f"\nTime, stages that sleep, launches of {unit * 1e3:g} ms: these layers times "
+        f"{of_row * 1e3:g} ms a row, {rows} rows;"
     )
-    return not wrong
+    print(f"medians of {repeats} alternating runs")
+    print(
+        "schedule           m   launched by         launch ms   planned ms   "
+        "measured ms   ratio   bound"
+    )
+    layers, x = [sleeping(u * of_row) for u in UNITS], jnp.ones((rows, WIDE))
+    planned, run, bound = {}, {}, set()
+    for case in cases:
+        name, m, who, _ = case
+        slow = case._replace(launch=unit)
+        pipe = sleeping_pipe(layers, name, m, checkpoint="never", dispatch=who)
+        plan = pipe.plan(
+            None, x, loss_fn=jnp.mean, argnums=(0, 1), by="time", launch=unit
+        )
+        if any(text.startswith("host-bound") for text in plan.warnings):
+            bound.add(slow)
+        # Without launches what each action takes is known.
+        each = np.array(UNITS).reshape(len(pipe.balance), -1).sum(1)
+        piece = tuple(each * of_row * rows / m)
+        costs = fpipe.schedules.Costs(F=piece, I=piece, W=piece)
+        free = fpipe.schedules.simulate(pipe.make_schedule(m), costs)
+        step = pipe.value_and_grad(jnp.mean, argnums=(0, 1))
+        params = pipe.init(jax.random.key(0), x)
+        planned |= {case: free.makespan, slow: plan.step}
+        run |= {
+            which: functools.partial(launched, which.launch, step, params, x)
+            for which in (case, slow)
+        }
+        jax.block_until_ready(step(params, x))
+    measured = timed(run, repeats)
+    for case in sorted(planned, key=planned.__getitem__):
+        name, m, who, launch = case
+        ms, real = planned[case] * 1e3, measured[case] * 1e3
+        print(
+            f"{name:17s} {m:2d}   {who:17s} {launch * 1e3:11.0f} {ms:12.0f} "
+            f"{real:13.0f} {ms / real:7.2f}   "
+            f"{'host' if case in bound else 'devices'}"
+        )
+    return in_order(planned, measured, apart=0.1)
 
 
 def seconds_table(
@@ -531,7 +647,7 @@ def seconds_table(
         f"{repeats} alternating runs"
     )
     print("model   schedule     planned ms   measured ms   ratio")
-    run, planned, took = {}, {}, collections.defaultdict[Any, list[float]](list)
+    run, planned = {}, {}
     for name in names:
         model = example(name, scale)
         for schedule in schedules:
@@ -543,12 +659,9 @@ def seconds_table(
                 step, params, model.x, model.target, **needs
             )
             jax.block_until_ready(run[name, schedule]())
-    for case in [*run] * repeats:
-        start = time.perf_counter()
-        jax.block_until_ready(run[case]())
-        took[case].append(time.perf_counter() - start)
+    measured = timed(run, repeats)
     for case, seconds in planned.items():
-        real = statistics.median(took[case])
+        real = measured[case]
         print(
             f"{case[0]:7s} {case[1]:12s} {seconds * 1e3:10.1f} {real * 1e3:13.1f} "
             f"{seconds / real:7.2f}",
@@ -643,6 +756,7 @@ def parts(args: argparse.Namespace, simulated: bool, on_gpu: bool) -> list[bool]
             order_table(
                 [("gpipe", "always"), ("eager_1f1b", "never")], unit, args.repeats
             ),
+            launch_table([Launching("1f1b", 4, "one_thread")], unit, args.repeats),
         ]
     if "arrays" in args.parts and simulated:
         good.append(placed_table(args.models, args.schedules, CHECKPOINTS))
@@ -654,6 +768,8 @@ def parts(args: argparse.Namespace, simulated: bool, on_gpu: bool) -> list[bool]
         )
     if "order" in args.parts and simulated:
         good.append(order_table(ORDERED, unit, args.repeats))
+    if "launches" in args.parts and simulated:
+        good.append(launch_table(LAUNCHING, unit, args.repeats))
     if "seconds" in args.parts:
         seconds_table(args.models, SOME, args.repeats, args.scale if on_gpu else 2)
     return good
