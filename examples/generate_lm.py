@@ -305,7 +305,8 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", args.stages)
     devices = jax.devices()[: args.stages]
     if len(devices) < args.stages:
-        raise SystemExit(f"--stages {args.stages}: there are {len(devices)} devices")
+        there = "is 1 device" if len(devices) == 1 else f"are {len(devices)} devices"
+        raise SystemExit(f"--stages {args.stages}: there {there}")
     whole = load(args.checkpoints) if args.checkpoints else random_params(args)
     params = by_layer(whole)
     count = bytes_to_write(args, params)

@@ -428,10 +428,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     jax.config.update("jax_num_cpu_devices", args.stages)
-    if args.executor != "plain" and args.stages > len(jax.devices()):
-        raise SystemExit(
-            f"--stages {args.stages}: there are {len(jax.devices())} devices"
-        )
+    count = len(jax.devices())
+    if args.executor != "plain" and args.stages > count:
+        there = "is 1 device" if count == 1 else f"are {count} devices"
+        raise SystemExit(f"--stages {args.stages}: there {there}")
     seen, held_out = digits()
     try:
         loop = plain_loop(args) if args.executor == "plain" else pipelined_loop(args)

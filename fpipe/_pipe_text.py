@@ -15,6 +15,7 @@ from typing import Any
 
 from fpipe._model.layer import Layer
 from fpipe._pipe_arguments import PipeCut, PipeOptions
+from fpipe.schedules._checks import counted
 
 # Options that most pipes leave alone are shown only if they have another value.
 RARE = {
@@ -37,7 +38,7 @@ def pipe_text(options: PipeOptions, cut: PipeCut, layers: Iterable[Layer]) -> st
     schedule = getattr(options.schedule, "name", options.schedule)
     checkpoint = options.remat.option
     lines = [
-        f"{len(names)} layers ({_shortened(names, most=8)})",
+        f"{counted(len(names), 'layer')} ({_shortened(names, most=8)})",
         f"balance=[{_shortened(cut.balance, most=16)}], "
         f"devices=[{_shortened(places, most=8)}]",
         f"chunks={options.chunks}, schedule={_named(schedule)!r}, "

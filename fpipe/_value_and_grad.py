@@ -56,6 +56,7 @@ from fpipe._split.trace import Kind
 from fpipe._tune import tune
 from fpipe._tuning import Tuning
 from fpipe.schedules import Schedule
+from fpipe.schedules._checks import counted
 
 # What messages of a pipe say of placing, with one pair of parentheses inside at most.
 _PIPE_PLACE = re.compile(r"\bpipe\.place\(((?:[^()]|\([^()]*\))*)\)")
@@ -131,11 +132,9 @@ class ValueAndGrad:
     def __repr__(self) -> str:
         if self._built is None:
             return f"fpipe.value_and_grad({self._function.name})"
-        pieces, stages = len(self.split), len(self.pipe.balance)
-        return (
-            f"fpipe.value_and_grad({self._function.name}: {pieces} pieces in {stages} "
-            "stages)"
-        )
+        pieces = counted(len(self.split), "piece")
+        stages = counted(len(self.pipe.balance), "stage")
+        return f"fpipe.value_and_grad({self._function.name}: {pieces} in {stages})"
 
     # --- what it is made of ---
 

@@ -67,7 +67,7 @@ def initialize(
       what a placed pipe waits for, or what `watched` is told of.
     - If the script raises an exception, it ends this process. An ordinary exit would
       wait for the others, which wait for this process. If they have not met yet, it
-      first tells them, for up to 30 s.
+      first tells them what it has raised, and waits for them for up to 30 s.
 
     Arguments:
         coordinator_address: `"host:port"` of process 0. Default: JAX finds it, for
@@ -130,9 +130,10 @@ def watched(tree: _T, what: str = "the results of a step") -> _T:
 
         loss = fpipe.distributed.watched(loss, f"step {n}")
 
-    If the arrays are not there `timeout` seconds after those of the last call
-    (`initialize`), the watchdog ends this process, and prints `what`. Nothing waits
-    here. Without a watchdog nothing happens.
+    The watchdog prints `what` and ends this process if the arrays do not come in time:
+    within `timeout` seconds (see `initialize`) of this call, or of the arrays of the
+    call before, whichever is later. `watched` itself does not wait. Without a watchdog
+    nothing happens.
 
     Arguments:
         tree: what a program of all processes returns; the loss will do.

@@ -114,10 +114,11 @@ class Scheduling(abc.ABC):
         )
         if (schedule.stages, schedule.microbatches) != (stages, microbatches):
             raise ValueError(
-                f"the schedule {schedule.name!r} is for {schedule.stages} stages and "
-                f"{schedule.microbatches} microbatches, "
-                f"but the pipe has {stages} stages and this batch gives "
-                f"{microbatches} microbatches; give a "
+                f"the schedule {schedule.name!r} is for "
+                f"{counted(schedule.stages, 'stage')} and "
+                f"{counted(schedule.microbatches, 'microbatch', 'es')}, "
+                f"but the pipe has {counted(stages, 'stage')} and this batch gives "
+                f"{counted(microbatches, 'microbatch', 'es')}; give a "
                 "function `f(devices, microbatches)` to make one for each batch size"
             )
         if schedule.stage_to_device != stage_to_device:
@@ -183,7 +184,7 @@ class _ByName(Scheduling):
                 return devices
         raise ValueError(
             f"{call} puts at least 2 stages on each device, the same number on all, "
-            f"but the pipe has {stages} stages and "
+            f"but the pipe has {counted(stages, 'stage')} and "
             f"{available} devices: give `balance` 4 entries, or another multiple of "
             "the number of devices"
         )
@@ -206,7 +207,7 @@ class _Fixed(Scheduling):
         if self.option.stages != stages:
             raise ValueError(
                 f"`Pipe(schedule=...)`: the schedule {self.option.name!r} has "
-                f"{self.option.stages} stages, but the pipe "
+                f"{counted(self.option.stages, 'stage')}, but the pipe "
                 f"has {stages}"
             )
         return self.option.stage_to_device
@@ -247,8 +248,8 @@ class _ByFunction(Scheduling):
             f"{counted(s, 'stage')} on {counted(d, 'device')}" for d, s in made.items()
         )
         raise ValueError(
-            f"`Pipe(schedule=...)`: the pipe has {stages} stages, but the function "
-            f"makes {told}"
+            f"`Pipe(schedule=...)`: the pipe has {counted(stages, 'stage')}, but the "
+            f"function makes {told}"
         )
 
     def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:

@@ -36,6 +36,7 @@ from fpipe._model.wrappers import (
     is_wrapper,
     unwrapped,
 )
+from fpipe.schedules._checks import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +255,8 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
     for leaf in ready:
         if len(leaf.values) != len(ready[0].values):
             raise ValueError(
-                f"`{leaf.name}` has {len(leaf.values)} ready-made microbatches, but "
+                f"`{leaf.name}` has {len(leaf.values)} ready-made "
+                f"microbatch{'' if len(leaf.values) == 1 else 'es'}, but "
                 f"`{ready[0].name}` has {len(ready[0].values)}: "
                 "all `fpipe.Microbatches` of a call have equally many"
             )
@@ -453,8 +455,9 @@ def _check_fits(leaf: InputLeaf, rows: tuple[int, ...], ready: InputLeaf) -> Non
     m = len(ready.values)
     if len(rows) != m:
         raise ValueError(
-            f"`{leaf.name}` of shape {leaf.values[0].shape} makes {len(rows)} "
-            f"microbatches of up to {rows[0]} rows, but `{ready.name}` has {m} "
+            f"`{leaf.name}` of shape {leaf.values[0].shape} makes "
+            f"{counted(len(rows), 'microbatch', 'es')} of up to "
+            f"{counted(rows[0], 'row')}, but `{ready.name}` has {m} "
             "ready-made ones; give it as fpipe.Microbatches([…]) too, or wrap it in "
             "fpipe.NoChunk(…), if it goes whole to every microbatch"
         )

@@ -28,6 +28,7 @@ from fpipe._core.pytrees import PyTree, Shape, describe, is_array, is_inexact, p
 from fpipe._model.layer import Layer
 from fpipe._model.needs import Share
 from fpipe._model.wrappers import Microbatches
+from fpipe.schedules._checks import counted
 
 
 def state_shares(layer: Layer, state: PyTree) -> tuple[Share, ...]:
@@ -207,8 +208,9 @@ def check_pieces_of_state(
             )
         if len(own) != microbatches:
             raise ValueError(
-                f"{what} has {len(own)} pieces of state (`fpipe.Microbatches`), but "
-                f"the call has {microbatches} microbatches; give one for each"
+                f"{what} has {counted(len(own), 'piece')} of state "
+                "(`fpipe.Microbatches`), but the call has "
+                f"{counted(microbatches, 'microbatch', 'es')}; give one for each"
             )
         first, structure = pack(own[0])
         dtypes = [a.dtype for a in first]
@@ -259,7 +261,7 @@ def _check_rows(
             continue
         if a.shape and a.shape[0] == rows:
             continue
-        what = f"{a.shape[0]} rows" if a.shape else "no rows, it is 0-d"
+        what = counted(a.shape[0], "row") if a.shape else "no rows, it is 0-d"
         raise ValueError(
             f"state: layer {k} {layer.name!r} has state of rows "
             f"(`state_rows=True`), and `{where}{jax.tree_util.keystr(path)}` "
@@ -295,7 +297,7 @@ def refuse_followed_rows(
         return
     raise ValueError(
         f"layer {k} {layer.name!r}: its state follows the rows: it is {describe(few)} "
-        f"for {rows[0]} rows and {describe(many)} for {sum(rows)}, and all "
+        f"for {counted(rows[0], 'row')} and {describe(many)} for {sum(rows)}, and all "
         f"{len(rows)} microbatches would share its entries; write "
         "`fpipe.Layer(..., state_rows=True)`, and each microbatch gets the entries of "
         "its own rows (or `state_rows=False`, if all should share all entries)"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fpipe._planning.prediction import DeviceRow, StageRow
 from fpipe._planning.text import quantity, size
 from fpipe.schedules import Timeline
+from fpipe.schedules._checks import counted
 
 # The thresholds are for what a reader would act on. A cut between layers is hardly ever
 # even, so a stage is told of only if it takes so many times the mean.
@@ -87,8 +88,9 @@ def advise_more_microbatches(
             break
     if found is not None and timeline.bubble - found[1] > _BETTER:
         yield (
-            f"devices are idle for {timeline.bubble:.0%} of the time: {microbatches} "
-            f"microbatches are few for {len(stages)} "
+            f"devices are idle for {timeline.bubble:.0%} of the time: "
+            f"{counted(microbatches, 'microbatch', 'es')} "
+            f"{'is' if microbatches == 1 else 'are'} few for {len(stages)} "
             f"stages; chunks={found[0]} makes it {found[1]:.0%}"
         )
 

@@ -54,6 +54,7 @@ from fpipe._planning.partition import (
 from fpipe._planning.span_tables import MeasuredSpans, SpanTables
 from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
+from fpipe.schedules._checks import counted
 
 # Of so many cuts at most `found_balance` measures the stages: each has to be
 # compiled.
@@ -402,8 +403,9 @@ def stage_devices(
         stages = scheduling.stages(there, microbatches, layers)
     if stages > layers:
         raise ValueError(
-            f"{call}: every stage needs at least one layer, but there are {layers} "
-            f"layers for {stages} stages"
+            f"{call}: every stage needs at least one layer, but there "
+            f"{'is' if layers == 1 else 'are'} {counted(layers, 'layer')} "
+            f"for {stages} stages"
         )
     # Stages without devices: as many devices as the schedule has use for.
     most = stages if available is None else available

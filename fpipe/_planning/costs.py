@@ -182,6 +182,7 @@ class LayerCosts:
     def __str__(self) -> str:
         # Not all fields: what one looks at before cutting by hand.
         width = max(map(len, ("layer", *self.names))) + 3
+        m = self.microbatches
         columns = ("forward", "backward", "params", "residuals", "boundary")
         lines = ["layer".ljust(width) + "".join(name.rjust(12) for name in columns)]
         for k, name in enumerate(self.names):
@@ -191,8 +192,8 @@ class LayerCosts:
             line = f"{k} {name}".ljust(width) + "".join(c.rjust(12) for c in cells)
             lines.append(line)
         lines.append(
-            f"work in {self.unit}, memory in MiB, for one of {self.microbatches} "
-            "microbatches"
+            f"work in {self.unit}, memory in MiB, for "
+            + ("the one microbatch" if m == 1 else f"one of {m} microbatches")
         )
         if self.launch:
             lines.append(f"launch of an action: {quantity(self.launch, 'second')}")

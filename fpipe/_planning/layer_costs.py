@@ -121,8 +121,8 @@ def layer_costs(
             counts for the lowered forward and backward. The body of a `lax.scan` counts
             as often as it runs. Work inside a foreign call, such as a Pallas kernel or
             a callback, is not counted. `"time"` is in seconds: the shortest of
-            `repeats` runs on one device, after a warm-up. The layers run in turns, so
-            that what else the machine does for a moment lengthens no layer alone. The
+            `repeats` runs on one device, after a warm-up. The layers run in turns,
+            so other work of the machine slows all layers down, and not one alone. The
             host's time to launch an action is measured too (`launch`). `"memory"`
             counts no work, only memory. Default: `"flops"`; for an `fpipe.Split` its
             time, estimated from the trace as for a `Pipe`. The unit is then the FLOPs

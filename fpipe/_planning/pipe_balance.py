@@ -28,6 +28,7 @@ from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import UNITS, Gauge, costs_and_spans
 from fpipe.schedules import Schedule
+from fpipe.schedules._checks import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +187,7 @@ def _checked(balance: Any, count: int) -> tuple[int, ...]:
         raise ValueError(f"{call}: every stage needs at least one layer")
     if sum(counts) != count:
         raise ValueError(
-            f"{call}: that is {sum(counts)} layers, but the model has {count}"
+            f"{call}: that is {counted(sum(counts), 'layer')}, but the model has "
+            f"{count}"
         )
     return counts

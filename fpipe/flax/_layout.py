@@ -30,6 +30,7 @@ from fpipe.flax._layers import sequential_name
 from fpipe.flax._linen import IGNORED, LinenFunction
 from fpipe.flax._nnx import NNXFunction
 from fpipe.flax._places import Names, Place, as_names, in_model
+from fpipe.schedules._checks import counted
 
 # The collection of the state of a layer that is no linen module.
 STATE = "state"
@@ -239,8 +240,9 @@ class Available:
         def row(value: Any) -> Any:
             if not is_array(value) or value.shape[:1] != (len(users),):
                 raise ValueError(
-                    f"`fpipe.flax.split_variables`: {len(users)} layers have "
-                    f"stacked={str(place)!r}, but {self.layout.title(names)!r} is "
+                    f"`fpipe.flax.split_variables`: stacked={str(place)!r} is in "
+                    f"{counted(len(users), 'layer')}, but "
+                    f"{self.layout.title(names)!r} is "
                     f"{describe(value)}: it needs a row for each"
                 )
             if isinstance(value, jax.ShapeDtypeStruct):

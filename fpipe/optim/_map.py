@@ -97,9 +97,9 @@ def map(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:  # noqa: A001
 
     The result is that of `jax.jit(f)` on the gathered trees. Examples of `f`: a norm of
     all parameters (`optax.tree.norm`), parameters for evaluation
-    (`optax.contrib.schedule_free_eval_params`), an average, a function of
-    `jax.tree.map`. Each device computes the part of its own leaves, and only numbers
-    cross devices.
+    (`optax.contrib.schedule_free_eval_params`), an average, any function that only
+    calls `jax.tree.map`. Each device computes the part of its own leaves, and only
+    numbers cross devices.
 
     Arguments:
         f: a function of arrays that JAX can trace. It gets whole trees, a tuple with

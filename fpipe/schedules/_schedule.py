@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from fpipe.schedules._action import KINDS, Action, Kind
-from fpipe.schedules._checks import shown
+from fpipe.schedules._checks import counted, shown
 from fpipe.schedules._html import as_html
 from fpipe.schedules._rules import needs
 from fpipe.schedules._validation import check_complete, check_runs, shortened
@@ -177,8 +177,9 @@ class Schedule:
         present = {action.kind for row in self.actions for action in row}
         kinds = " ".join(kind for kind in KINDS if kind in present)
         return (
-            f"<Schedule {self.name!r}: {self.devices} devices, {self.stages} stages, "
-            f"{self.microbatches} microbatches, {kinds}>"
+            f"<Schedule {self.name!r}: {counted(self.devices, 'device')}, "
+            f"{counted(self.stages, 'stage')}, "
+            f"{counted(self.microbatches, 'microbatch', 'es')}, {kinds}>"
         )
 
     def _repr_html_(self) -> str:

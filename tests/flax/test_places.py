@@ -601,10 +601,16 @@ def test_rows_that_are_not_those_of_the_layers():
     variables = {"params": {"h": {"bias": jnp.ones((4, 2))}}}
     with raises(
         ValueError,
-        "`fpipe.flax.split_variables`: 3 layers have stacked='h', but 'params/h/bias' "
-        "is float32[4,2]: it needs a row for each",
+        "`fpipe.flax.split_variables`: stacked='h' is in 3 layers, but "
+        "'params/h/bias' is float32[4,2]: it needs a row for each",
     ):
         fpipe.flax.split_variables(layers, variables)
+    with raises(
+        ValueError,
+        "`fpipe.flax.split_variables`: stacked='h' is in 1 layer, but 'params/h/bias' "
+        "is float32[4,2]: it needs a row for each",
+    ):
+        fpipe.flax.split_variables(layers[:1], variables)
     row = {"bias": jnp.ones(2)}
     with raises(
         ValueError,

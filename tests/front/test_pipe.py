@@ -883,6 +883,9 @@ def test_a_schedule_for_another_number_of_microbatches_is_refused():
         pipe(params, x[:2])
     with pytest.raises(ValueError, match=expected):
         pipe.make_schedule(2)
+    one = fpipe.Pipe([SIN] * 2, [1, 1], schedule=fpipe.schedules.gpipe(2, 1))
+    with pytest.raises(ValueError, match="for 2 stages and 1 microbatch, but"):
+        one.make_schedule(2)
 
 
 def test_a_schedule_that_moves_stages_with_the_batch_is_refused():

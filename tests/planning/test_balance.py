@@ -833,7 +833,7 @@ def test_costs_are_values():
         "0.000",
         "0.000",
     ]
-    assert last == "work in FLOP, memory in MiB, for one of 1 microbatches"
+    assert last == "work in FLOP, memory in MiB, for the one microbatch"
 
 
 WRONG = [

@@ -40,6 +40,7 @@ from fpipe._executors.scan.units import Units, cut_units
 from fpipe._executors.stage_places import AXIS, columns
 from fpipe._model.model import Model
 from fpipe._model.specs import without_axes
+from fpipe.schedules._checks import counted
 
 # Packings, and programs that unpack, that one pipe keeps.
 _KEPT = 32
@@ -366,8 +367,8 @@ class Parameters:
         shapes = params.packing.shapes
         if len(shapes) != len(self._model.layers):
             raise ValueError(
-                f"{call}: these parameters are of {len(shapes)} layers, but the model "
-                f"has {len(self._model.layers)}"
+                f"{call}: these parameters are of {counted(len(shapes), 'layer')}, "
+                f"but the model has {len(self._model.layers)}"
             )
         # They fit if this pipe would pack arrays of their shapes into the same rows.
         specs = params.packing.specs
