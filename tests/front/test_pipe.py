@@ -1066,7 +1066,8 @@ def test_a_pipe_prints_on_one_screen(layers):
     lines = str(pipe).splitlines()
     assert len(lines) <= 8
     assert max(map(len, lines)) <= 100
-    assert f"{layers} layers (dense" in lines[1]
+    noun = "layer" if layers == 1 else "layers"
+    assert f"{layers} {noun} (dense" in lines[1]
     assert "schedule='eager_1f1b', checkpoint='never'" in lines[3]
     different = dataclasses.replace(pipe, compute_dtype=jnp.bfloat16)
     assert "compute_dtype=" in str(different)
