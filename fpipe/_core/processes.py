@@ -94,7 +94,7 @@ def whole_here(array: Any) -> Any:
         return array
     if not array.is_fully_replicated:
         assert isinstance(sharding, NamedSharding)
-        array = _reshard_to(NamedSharding(sharding.mesh, P()))(array)
+        array = _reshard(array, NamedSharding(sharding.mesh, P()))
     return array.addressable_data(0)
 
 
@@ -112,7 +112,7 @@ def lay(array: Any, target: Sharding) -> jax.Array:
     the others would wait for them (jax 0.10.2).
     """
     if isinstance(array, jax.Array) and array.sharding.device_set == target.device_set:
-        return _reshard_to(target)(array)
+        return _reshard(array, target)
     whole = own_copy(array)
     if not isinstance(whole, jax.Array):
         whole = np.asarray(whole)
@@ -122,6 +122,19 @@ def lay(array: Any, target: Sharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(
         whole.shape, target, shards, dtype=whole.dtype
     )
+
+
+def _reshard(array: jax.Array, target: Sharding) -> jax.Array:
+    """An array with another sharding over its devices. All its processes call it."""
+
+    def describe() -> str:
+        return "a program that lays an array out anew, which other processes run too"
+
+    with waiting(describe):
+        made = _reshard_to(target)(array)
+    if is_shared(target):
+        expect(made, describe)
+    return made
 
 
 @functools.lru_cache(maxsize=256)
@@ -457,7 +470,7 @@ def _whole(array: Any, device: Device) -> Any:
     if not is_shared(array.sharding):
         return jax.device_put(array, target)
     if not array.is_fully_replicated:
-        array = _reshard_to(NamedSharding(array.sharding.mesh, P()))(array)
+        array = _reshard(array, NamedSharding(array.sharding.mesh, P()))
     for shard in array.addressable_shards:
         if shard.device == device:
             return shard.data

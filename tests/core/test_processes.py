@@ -1,5 +1,7 @@
 """Several processes, as far as one process can tell."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 
 import fpipe
 import fpipe.distributed
-from fpipe._core import processes
+from fpipe._core import processes, watchdog
+from fpipe._executors.placed.crossing import Together
+from fpipe._executors.placed.instructions import Run
+from fpipe._executors.placement import Placement
 from tests.helpers import dense
 
 
@@ -26,6 +31,33 @@ def test_who_waits_for_one_that_has_ended_is_told(monkeypatch):
         "fpipe: this process has waited for all processes to connect; another one has "
         "ended or does not answer, and what it printed says why"
     )
+
+
+def test_the_watchdog_knows_who_waits_in_a_program_of_several_processes(monkeypatch):
+    log = []
+
+    class Told:
+        @contextlib.contextmanager
+        def waiting(self, describe):
+            log.append(f"in {describe()}")
+            yield
+            log.append("out")
+
+        def expect(self, array, describe):
+            log.append(f"{array} of {describe()}")
+
+    def call(*arrays):
+        log.append(f"called with {arrays}")
+        return ["large", "small", "empty"]
+
+    monkeypatch.setattr(watchdog, "_watchdogs", [Told()])
+    placement = Placement.of(jax.devices()[0])
+    run = Run("stage0_F", call, (0,), (1, 2, 3), placement)
+    shapes = dict(enumerate(jax.ShapeDtypeStruct((n,), "f4") for n in (9, 9, 1, 0)))
+    program = Together.of(call, run, "the forward", shapes)
+    assert program("x") == ["large", "small", "empty"]
+    what = "the forward, which other processes run too"
+    assert log == [f"in {what}", "called with ('x',)", "out", f"small of {what}"]
 
 
 def test_what_is_spread_lies_over_all_devices_and_is_the_same():

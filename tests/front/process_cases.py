@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 import fpipe.distributed
 import fpipe.optim
-from fpipe._core import processes
+from fpipe._core import processes, watchdog
+from fpipe._executors.placed import crossing
 from tests.front.workers import encoded, free_port, is_taken, recording
 from tests.helpers import (
     HANG,
@@ -435,7 +437,18 @@ def over_meshes(devices):
     ends = [Mesh(np.array(devices[:half]), "data"), Mesh(devices[half:], "data")]
     both = [Mesh(devices[::2], "data"), Mesh(devices[:0:-2], "data")]
     found = [trained_on(ends)[2], trained_on([both[0], devices[-1]])[2]]
-    pipe, params, last, grads = trained_on(both)
+    told = []
+
+    def expect(array, describe):
+        told.append(describe())
+        watchdog.expect(array, describe)
+
+    with mock.patch.object(crossing, "expect", expect):
+        pipe, params, last, grads = trained_on(both)
+    # The watchdog knows the programs that both processes run.
+    for stage in (0, 1):
+        end = f"stage {stage} \\(.*, which other processes run too"
+        assert any(re.search(end, text) for text in told), told
     tx = fpipe.optim.per_stage(optimizer())
     with jax.numpy_dtype_promotion("standard"):
         updates, state = tx.update(grads, tx.init(params), params)

@@ -1,5 +1,5 @@
 """Moves between processes: how one is issued, and what all processes do before the
-first.
+first. And programs that several processes run together.
 
 In: the moves of a plan whose arrays come from another process, and the shapes of what
 is in its slots. Out: for each a `Crossing`, which every process of the job calls, in
@@ -18,7 +18,7 @@ compare it, and an error says what differs.
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from fpipe._core.processes import (
     meet,
 )
 from fpipe._core.pytrees import copied
-from fpipe._core.watchdog import expect
+from fpipe._core.watchdog import expect, waiting
 from fpipe._executors.placed.instructions import Move, Plan, Run
 from fpipe._executors.programs import Layout
 from fpipe._executors.transfers import Sending, send_across
@@ -118,6 +118,52 @@ class Crossing:
 
     def _describe(self) -> str:
         return self.what
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Together:
+    """A program whose devices are in several processes, ready to be called. The
+    watchdog is told of it: this process waits in it until the others run it too.
+
+    Attributes:
+        call: the program.
+        shown: the number of the result that the watchdog waits for, the smallest one,
+            which it holds until then; `None`: there is none.
+        what: what the program does, in words.
+    """
+
+    call: Callable[..., Sequence[Any]]
+    shown: int | None
+    what: str
+
+    @classmethod
+    def of(
+        cls,
+        call: Callable[..., Sequence[Any]],
+        run: Run,
+        what: str,
+        shapes: Mapping[int, jax.ShapeDtypeStruct],
+    ) -> "Together":
+        """A run of a plan.
+
+        Arguments:
+            shapes: those of what is in the slots.
+        """
+        outs = [shapes[slot] for slot in run.outs]
+        sizes = {n: out.size for n, out in enumerate(outs) if goes_as_it_is(out)}
+        return cls(call, min(sizes, key=lambda n: sizes[n], default=None), what)
+
+    def __call__(self, *arrays: Any) -> Sequence[Any]:
+        """Issue it."""
+        # Between CPUs a small program runs, and waits, in the thread that calls it.
+        with waiting(self._describe):
+            made = self.call(*arrays)
+        if self.shown is not None:
+            expect(made[self.shown], self._describe)
+        return made
+
+    def _describe(self) -> str:
+        return f"{self.what}, which other processes run too"
 
 
 def links_of(plan: Plan) -> list[Link]:

@@ -29,11 +29,18 @@ from jax.sharding import SingleDeviceSharding
 
 from fpipe._core.errors import add_note
 from fpipe._core.meshes import is_explicit
-from fpipe._core.processes import alive, connect, ghost, is_here, meet
+from fpipe._core.processes import (
+    alive,
+    connect,
+    ghost,
+    is_here,
+    is_shared,
+    meet,
+)
 from fpipe._core.pytrees import eval_shape, is_inexact, nbytes
 from fpipe._core.settings import checked, debugging, unchecked
 from fpipe._executors.placed.compile import Progress, compile_plan, slot_shapes
-from fpipe._executors.placed.crossing import Crossing, agree, links_of
+from fpipe._executors.placed.crossing import Crossing, Together, agree, links_of
 from fpipe._executors.placed.instructions import (
     Copy,
     GradientTree,
@@ -351,7 +358,7 @@ class ReadyPlan:
         # trace and compile what is still missing.
         # Over processes everything is compiled before the first transfer.
         ahead = threaded or self.layout.is_over_processes
-        compiled = self._compiled if ahead else {}
+        compiled = {**self._compiled, **self._together} if ahead else {}
 
         def shared(half: Half) -> tuple[Share, ...]:
             return divide(self.plan, half, threaded, compiled, self.crossings)
@@ -391,6 +398,22 @@ class ReadyPlan:
     def _compiled(self) -> Mapping[int, Any]:
         """The compiled program of each run, by the number of its instruction."""
         return compile_plan(self.plan, self.shapes)
+
+    @functools.cached_property
+    def _together(self) -> Mapping[int, Together]:
+        """The programs that this process runs together with others, by the number of
+        their instruction.
+        """
+        if not self.layout.is_over_processes:
+            return {}
+        shapes = slot_shapes(self.plan, self.shapes)
+        return {
+            number: Together.of(
+                self._compiled[number], item, self._described(item), shapes
+            )
+            for number, item in enumerate(self.plan.instructions)
+            if isinstance(item, Run) and is_shared(item.placement.sharding)
+        }
 
     @functools.cached_property
     def _sizes(self) -> Mapping[int, Sequence[int]]:
