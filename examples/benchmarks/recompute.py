@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _asleep import asleep
 from _jax_two_processes import apply, init, loss_fn
 
 import fpipe
@@ -35,22 +36,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # --- stages that sleep ---
 
 
+# So many FLOPs at least, for XLA not to take a program for a short one.
+WIDE = 1024
+
+
 def sleeping(seconds: float) -> fpipe.Layer:
     """`x * p`, asleep in forward, input gradient and weight gradient. The backward
-    needs the result of the forward, so that a recomputation sleeps too.
+    waits for the result of the forward, so that a recomputation sleeps too.
     """
-
-    def nap(value: jax.Array) -> jax.Array:
-        def sleep(array: Any) -> Any:
-            time.sleep(seconds)
-            return array
-
-        shape = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        return jax.pure_callback(sleep, shape, value)
 
     @jax.custom_vjp
     def times(p: jax.Array, x: jax.Array) -> jax.Array:
-        return nap(x * p)
+        return asleep(seconds, x * p)
 
     def forward(p: jax.Array, x: jax.Array) -> Any:
         y = times(p, x)
@@ -58,7 +55,9 @@ def sleeping(seconds: float) -> fpipe.Layer:
 
     def backward(residuals: Any, g: jax.Array) -> Any:
         p, x, y = residuals
-        return nap((g * x).sum(0) + 0 * y.sum(0)), nap(g * p + 0 * y)
+        of_x = asleep(seconds, g * p, y)
+        # One after the other: two could sleep at once.
+        return asleep(seconds, (g * x).sum(0), of_x), of_x
 
     times.defvjp(forward, backward)
     return fpipe.Layer(times, lambda key, x: jnp.ones(x.shape[-1]))
@@ -67,7 +66,7 @@ def sleeping(seconds: float) -> fpipe.Layer:
 def time_sleeping(names: list[str], m: int, unit: float, repeats: int) -> None:
     print(f"F = R = I = W = {unit * 1e3:g} ms, m={m}: medians of {repeats} recordings")
     print("schedule      recompute       simulated ms   recorded ms   ratio")
-    x = jnp.ones((m, 2))
+    x = jnp.ones((m, WIDE))
     for name in names:
         for recompute in ("with_backward", "early"):
             pipe = fpipe.Pipe(
