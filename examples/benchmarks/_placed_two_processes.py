@@ -5,17 +5,20 @@ It has two devices, and a pipe over both processes uses the first of each.
 
 import json
 import sys
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _jax_two_processes import BALANCE, BLOCKS, apply, barrier_over, init, loss_fn
 from jax.sharding import SingleDeviceSharding
-from two_processes import replies, serve
+from two_processes import ALONE, replies, serve
 
 import fpipe
 import fpipe.distributed
 import fpipe.optim
+from fpipe._executors.placed.dispatch import ReadyPlan, with_calls
+from fpipe._executors.placed.instructions import Move
 
 # A model whose programs take no time, for the time of the host.
 TINY = (8, 1, 8)
@@ -41,7 +44,11 @@ class Maker:
             return self.host(schedule == "host_of_two", m), 0, 0
         if schedule == "unpipelined":
             raise ValueError("the scan worker has the unpipelined step")
+        alone = schedule.startswith(ALONE)
+        schedule = schedule.removeprefix(ALONE)
         step = self.step(self.both, self.shape, schedule, checkpoint, m)
+        if alone:
+            return alone_of(step), 0, 0
         loss, grads = step()
         squares = fpipe.optim.global_norm(grads) ** 2
         return lambda: jax.block_until_ready(step()), loss, squares
@@ -93,6 +100,51 @@ class Maker:
         if self.rank and not several:
             return lambda: None
         return self.step(devices, (m, *TINY[1:]), "eager_1f1b", "never", m)
+
+
+def alone_of(step):
+    """A step in which a process runs what it runs of the plan of another one, but sends
+    nothing: what it would get it has already.
+    """
+    jax.block_until_ready(step())  # compiles
+    issue, seen, brought = ReadyPlan.issue, [], {}
+
+    def crosses(item):
+        return isinstance(item, Move) and item.crosses
+
+    def noted(ready, shares, slots):
+        seen.append((ready, shares, list(slots)))
+
+        def note(item):
+            if not crosses(item.item):
+                return item.call
+
+            def call(*arrays):
+                brought[item.number] = item.call(*arrays)
+                return brought[item.number]
+
+            return call
+
+        issue(ready, with_calls(shares, note), slots)
+
+    with unittest.mock.patch.object(ReadyPlan, "issue", noted):
+        jax.block_until_ready(step())
+    ((ready, shares, given),) = seen
+    jax.block_until_ready(brought)
+
+    def without(item):
+        if not crosses(item.item):
+            return item.call
+        return lambda *arrays: brought[item.number]
+
+    shares = with_calls(shares, without)
+
+    def run():
+        slots = list(given)
+        ready.issue(shares, slots)
+        jax.block_until_ready([array for array in slots if array is not None])
+
+    return run
 
 
 def main() -> None:

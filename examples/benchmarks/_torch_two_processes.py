@@ -4,6 +4,7 @@ with torch.
 
 # pyright: reportMissingImports=false
 
+import collections
 import json
 import sys
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.distributed import pipelining
-from two_processes import INTERLEAVED, replies, serve
+from two_processes import ALONE, INTERLEAVED, replies, serve
 
 BLOCKS, HEADS = 8, 8
 
@@ -51,6 +52,8 @@ class Maker:
         assert checkpoint == "never"
         if schedule == "unpipelined":
             run, modules = self.unpipelined(m)
+        elif schedule.startswith(ALONE):
+            run, modules = self.alone(m)
         else:
             run, modules = self.pipelined(schedule, m)
 
@@ -85,6 +88,29 @@ class Maker:
                 loss.backward()
                 total += loss.detach()
             return total
+
+        return run, [model]
+
+    def alone(self, m: int):
+        """What a stage of two computes, in the order of 1F1B; nothing is sent."""
+        half = BLOCKS // 2
+        model = nn.Sequential(*self.blocks[self.rank * half :][:half])
+        pieces = list(zip(self.x.chunk(m), self.t.chunk(m), strict=True))
+        behind = 1 - self.rank  # forwards of the first stage that run ahead
+
+        def run() -> torch.Tensor:
+            outputs: collections.deque[torch.Tensor] = collections.deque()
+            for n in range(m + behind):
+                if n < m:
+                    x = pieces[n][0].detach().requires_grad_(bool(self.rank))
+                    outputs.append(model(x))
+                if n >= behind:
+                    y, t = outputs.popleft(), pieces[n - behind][1]
+                    if self.rank:
+                        (F.mse_loss(y, t) / m).backward()
+                    else:
+                        y.backward(t)
+            return torch.zeros(())
 
         return run, [model]
 

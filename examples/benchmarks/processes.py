@@ -10,12 +10,18 @@ alternating rounds of one run:
 3. `torch.distributed.pipelining` on the same cores, without remat.
 4. The unpipelined steps of both libraries on the first core alone.
 5. The unpipelined step of JAX in both processes at once, each with the whole batch.
+6. The stages alone, of each of them: both processes run what their stage computes, at
+   the same time, and send nothing. Of placed these are the very programs, issued in the
+   order of the plan; of scan a pipeline of one stage; of torch a loop.
 
 `share` is the share of the ideal speed-up, `2 m / (m + 1)`, that a pipe has over the
-unpipelined step of its library. No pipe can have more than the share of 5: what two
-busy cores lose to each other (memory, clock rate, threads of one core). `of cores` is
-the share over that. `over torch` is the time over that of torch's fastest pipeline.
-Then come, for each `m`:
+unpipelined step of its library. The ideal knows nothing of what two busy cores lose to
+each other (memory, clock rate, threads of one core); the share of 5 shows that. The
+bound of a pipe is the time of its stages alone, 6, times `(m + 1) / m`: at the start
+and at the end of a step one of the two waits. `of bound` is this over the time of the
+pipe. `over torch` is the time over that of torch's fastest pipeline. `CPU s` is the CPU
+time of all threads of both processes, and `faults` are their page faults. Then come,
+for each `m`:
 
 - the time of one transfer of a boundary, from its start to its arrival, while nothing
   else runs;
@@ -26,6 +32,7 @@ Then come, for each `m`:
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import platform
@@ -33,6 +40,7 @@ import statistics
 import sys
 
 from two_processes import (
+    ALONE,
     IN_BOTH,
     QUICK,
     TORCH_SCHEDULES,
@@ -41,12 +49,33 @@ from two_processes import (
     cpu_model,
     ideal,
     main,
-    measure,
+    name_of,
     torch_python,
     warm_up,
 )
 
 SCHEDULES = ("eager_1f1b", "1f1b", "interleaved_1f1b")
+# What the stages run that run alone.
+APART = "eager_1f1b"
+
+
+@dataclasses.dataclass
+class Took:
+    """What a step takes, in both processes together.
+
+    Attributes:
+        seconds: from the first that starts to the last that ends, of each round.
+        cpu: the CPU time of all threads, of all rounds.
+        faults: pages that the system had to find, of all rounds.
+    """
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu: float = 0.0
+    faults: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
 def step_rows(args: argparse.Namespace, m: int) -> list[Row]:
@@ -58,39 +87,83 @@ def step_rows(args: argparse.Namespace, m: int) -> list[Row]:
             rows += [
                 (library, schedule, checkpoint, m) for library in ("jax", "placed")
             ]
+        rows += [("jax", ALONE + APART, checkpoint, m)]
+        rows += [("placed", ALONE + APART, checkpoint, m)]
     if not args.no_torch:
-        of_torch = ("", *args.torch_schedules)
+        of_torch = ("", *args.torch_schedules, ALONE + APART)
         rows += [("torch", schedule, "never", m) for schedule in of_torch]
     return rows
 
 
-def print_steps(seconds: dict[Row, float], m: int) -> None:
+def used(workers: Workers) -> tuple[float, int]:
+    """CPU seconds and page faults of both processes so far."""
+    seconds, faults = 0.0, 0
+    for process in workers.processes:
+        stat = pathlib.Path(f"/proc/{process.pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()
+        faults += int(fields[7])
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds, faults
+
+
+def measured(
+    rows: list[Row], workers: dict[str, Workers], repeats: int
+) -> dict[Row, Took]:
+    """What a step of each takes, over alternating rounds."""
+    found = {row: Took() for row in rows}
+    for k in range(repeats):
+        print(f"round {k + 1}/{repeats}", file=sys.stderr, flush=True)
+        for row, took in found.items():
+            own = workers[row[0]]
+            cpu, faults = used(own)
+            answers = own.ask(f"run {name_of(row)}")
+            cpu_end, faults_end = used(own)
+            took.cpu += cpu_end - cpu
+            took.faults += faults_end - faults
+            took.seconds.append(
+                max(float(end) for _, end in answers)
+                - min(float(start) for start, _ in answers)
+            )
+    return found
+
+
+def label_of(row: Row) -> str:
+    library, schedule, checkpoint, _ = row
+    is_pipe = library == "jax" and schedule not in ("", IN_BOTH)
+    name = schedule.replace(IN_BOTH, "in both") or "unpipelined"
+    if schedule.startswith(ALONE):
+        name = "stages alone"
+    text = f"{'scan' if is_pipe else library} {name}"
+    return text + ", remat" * (checkpoint == "always")
+
+
+def print_steps(found: dict[Row, Took], m: int) -> None:
     """A table of the steps with so many microbatches."""
-    rows = [row for row in seconds if row[-1] == m]
-    torch = [seconds[row] for row in rows if row[0] == "torch" and row[1]]
-    columns = "seconds  speed-up  ideal  share  of cores  over scan  over torch"
-    print(f"{'':36s} {columns}")
-    for row in rows:
+    seconds = {row: took.median for row, took in found.items()}
+    pipes = [
+        row for row in seconds if row[1] and row[1] not in (IN_BOTH, ALONE + APART)
+    ]
+    torch = [seconds[row] for row in pipes if row[0] == "torch"]
+    columns = "seconds  speed-up  ideal  share  of bound  over scan  over torch"
+    print(f"{'':36s} {columns}     CPU s   faults")
+    for row, took in seconds.items():
         library, schedule, checkpoint, _ = row
-        took = seconds[row]
-        executor = "scan" if library == "jax" and schedule in SCHEDULES else library
-        label = f"{executor} {schedule.replace('_both', ' both') or 'unpipelined'}"
-        line = f"{label + ', remat' * (checkpoint == 'always'):36s} {took:7.3f}"
-        of = "torch" if library == "torch" else "jax"
-        base = seconds[of, "", checkpoint, m]
-        if schedule == IN_BOTH:
-            line += f"  {'':8s}  {'':5s}  {base / took:5.0%}"
-        elif schedule:
+        line = f"{label_of(row):36s} {took:7.3f}"
+        base = seconds["torch" if library == "torch" else "jax", "", checkpoint, m]
+        if row in pipes:
             top = ideal(schedule, m)
-            both = base / seconds["jax", IN_BOTH, checkpoint, m]
-            share = base / took / top
-            line += f"  {base / took:8.2f}  {top:5.2f}  {share:5.0%}"
-            line += f"  {share / both:8.0%}" if library != "torch" else " " * 10
+            bound = seconds[library, ALONE + APART, checkpoint, m] * 2 / top
+            line += f"  {base / took:8.2f}  {top:5.2f}  {base / took / top:5.0%}"
+            line += f"  {bound / took:8.0%}"
             scan = seconds.get(("jax", schedule, checkpoint, m))
             line += f"  {took / scan:9.2f}" if scan else " " * 11
             if torch and checkpoint == "never":
                 line += f"  {took / min(torch):10.2f}"
-        print(line.rstrip())
+        elif schedule == IN_BOTH:
+            line += f"  {'':8s}  {'':5s}  {base / took:5.0%}"
+        own = found[row]
+        rounds = len(own.seconds)
+        print(f"{line:102s} {own.cpu / rounds:9.3f}  {own.faults // rounds:7d}")
 
 
 def spans(workers: Workers, name: str, repeats: int) -> list[list[tuple[float, float]]]:
@@ -193,12 +266,14 @@ def run(args: argparse.Namespace) -> None:
             f"float32; medians of {args.repeats} alternating rounds",
             flush=True,
         )
+        memory = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
+        print(" ".join(f"{k}={v}" for k, v in memory.items()) or "no MALLOC_ settings")
         for m in args.microbatches:
             rows = step_rows(args, m)
             warm_up(rows, workers)
-            seconds = measure(rows, workers, args.repeats)
+            found = measured(rows, workers, args.repeats)
             print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
-            print_steps(seconds, m)
+            print_steps(found, m)
             print_costs(workers["placed"], args, m)
             sys.stdout.flush()
     finally:

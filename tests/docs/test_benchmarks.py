@@ -70,8 +70,11 @@ def test_the_benchmark_of_processes_runs():
     small = ["--width", 8, "--batch", 2, "--tokens", 4, "--microbatches", 2]
     done = run("examples/benchmarks/processes.py", *small, "--repeats", 1, "--no-torch")
     assert done.returncode == 0, done.stderr
-    rows = r"^(scan|placed) eager_1f1b +\d\S+ +\d\S+ +1\.33 +\d+% +\d+% +\d+\.\d\d$"
-    assert re.findall(rows, done.stdout, re.MULTILINE) == ["scan", "placed"]
+    used = r" +\d\S+ +\d+$"
+    rows = r"^(scan|placed) eager_1f1b +\d\S+ +\d\S+ +1\.33 +\d+% +\d+% +\d+\.\d\d"
+    assert re.findall(rows + used, done.stdout, re.MULTILINE) == ["scan", "placed"]
+    alone = r"^(scan|placed) stages alone +\d\S+"
+    assert re.findall(alone + used, done.stdout, re.MULTILINE) == ["scan", "placed"]
     assert re.search(r"^a transfer of 0\.00 MiB: \d", done.stdout, re.MULTILINE)
     for where in ("two processes", "one process"):
         row = rf"^host time in {where}: \d+ us an action$"
