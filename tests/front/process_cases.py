@@ -712,6 +712,8 @@ def main():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # XLA would make as many threads as there are cores, and `held` needs few.
+    os.environ["NPROC"] = str(args.devices)
     # The address for transfers is given in either way, or found.
     port = free_port()
     address = f"127.0.0.1:{port}"
