@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from two_processes import ALONE, IN_BOTH, replies, serve
+from two_processes import ALONE, HALF_IN_ONE, HALVES, IN_BOTH, replies, serve
 
 import fpipe
 
@@ -70,7 +70,10 @@ def loss_fn(y, t):
 
 
 def unpipelined(remat: bool, m: int):
-    """The same step on one device: one microbatch after the other."""
+    """The same step on one device: one microbatch after the other.
+
+    It takes the parameters of any number of blocks.
+    """
 
     def half(params, x):
         for p in params:
@@ -81,7 +84,7 @@ def unpipelined(remat: bool, m: int):
         half = jax.checkpoint(half)
 
     def loss_of(params, x, t):
-        middle = BLOCKS // 2
+        middle = len(params) // 2
         return loss_fn(half(params[middle:], half(params[:middle], x)), t) / m
 
     def step(params, x, t):
@@ -119,12 +122,13 @@ class Maker:
         computes.
         """
         shape = jax.ShapeDtypeStruct(self.arrays.shape[1:], jnp.float32)
-        if schedule in ("unpipelined", IN_BOTH):
-            # The latter shows what the two cores do for each other's speed.
-            if self.rank and schedule == "unpipelined":
+        if schedule in ("unpipelined", IN_BOTH, *HALVES):
+            # What runs on both cores shows what they do for each other's speed.
+            if self.rank and schedule in ("unpipelined", HALF_IN_ONE):
                 return lambda: None, 0, 0
             if schedule not in self.params:
-                keys = [jax.random.fold_in(self.key, k) for k in range(BLOCKS)]
+                count = BLOCKS // 2 if schedule in HALVES else BLOCKS
+                keys = [jax.random.fold_in(self.key, k) for k in range(count)]
                 self.params[schedule] = [init(key, shape) for key in keys]
             call = unpipelined(checkpoint == "always", m)
             x, t = map(jnp.asarray, self.arrays)

@@ -24,24 +24,31 @@ ScheduleInterleavedZeroBubble does cut its backwards, so it may pass the latter.
 torch` is the time over that of torch's fastest pipeline at the same `m`: below 1 is
 faster than torch.
 
+`CPU s` is the CPU time of the process that took more of it. What is missing to
+`seconds` is time in which it waited for the other one. `faults` are its page faults.
+
 `--alone` shows what bounds the pipeline. `in_both` is the unpipelined step on both
 cores at the same time: what they share (caches, memory) makes each slower.
+`half_in_one` is the unpipelined step of half of the model on the first core alone,
+`half_in_both` on both cores at the same time: what XLA makes of a stage.
 `stage_alone_gpipe` is half of the model on each core at the same time, as a pipeline of
 one stage: the programs of a stage, with residuals that wait in pools, and nothing that
 is sent. The speed-up of these rows is what a pipeline of two such stages would reach if
-sending cost nothing.
+sending cost nothing. `of alone` is the share of it that the pipeline reaches.
 
 The defaults are the large size; the small one is `--width 128 --tokens 64`; `--quick`
 only shows that everything runs.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import platform
 import queue
+import resource
 import signal
 import socket
 import statistics
@@ -57,9 +64,12 @@ HERE = pathlib.Path(__file__).parent
 TORCH = "2.13.0"
 SCHEDULES = ("gpipe", "eager_1f1b", "interleaved_1f1b")
 TORCH_SCHEDULES = ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleavedZeroBubble")
-# Rows of what runs without a pipeline on both cores at the same time: the unpipelined
-# step, and one stage with its residuals in pools as a schedule of one device has them.
+# Rows of what runs without a pipeline. The unpipelined step on both cores at the same
+# time; the same of half of the model, on one core and on both; and one stage on both,
+# with its residuals in pools as a schedule of one device has them.
 IN_BOTH, ALONE = "in_both", "stage_alone_"
+HALF_IN_ONE, HALF_IN_BOTH = "half_in_one", "half_in_both"
+HALVES = (HALF_IN_ONE, HALF_IN_BOTH)
 INTERLEAVED = ("interleaved_1f1b", "ScheduleInterleavedZeroBubble")
 QUICK = {"width": 32, "batch": 8, "tokens": 16, "microbatches": [4], "repeats": 1}
 
@@ -89,9 +99,11 @@ def serve(
 
     `warm NAME` is answered by the loss and the sum of the squared gradients, `run NAME`
     by start and end of a step. The clock is the same in all processes of a machine.
-    Between the lines the process is asleep.
+    `spent NAME` is answered by the CPU seconds and the page faults of the step that ran
+    last. Between the lines the process is asleep.
     """
     steps: dict[str, Callable[[], Any]] = {}
+    spent = 0.0, 0
     for line in sys.stdin:
         verb, name = line.split()
         if verb == "warm":
@@ -99,11 +111,18 @@ def serve(
             steps[name], loss, squares = make(schedule, checkpoint, int(m))
             steps[name]()
             reply(float(loss), float(squares))
+        elif verb == "spent":
+            reply(*spent)
         else:
             barrier()
+            before = resource.getrusage(resource.RUSAGE_SELF)
             start = time.monotonic()
             steps[name]()
-            reply(start, time.monotonic())
+            end = time.monotonic()
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            spent = busy, after.ru_minflt - before.ru_minflt
+            reply(start, end)
 
 
 # --- the parent's side ---
@@ -272,12 +291,29 @@ Row = tuple[
 ]  # library, schedule ("" for unpipelined), checkpoint, microbatches
 
 
+@dataclasses.dataclass(frozen=True)
+class Took:
+    """What a step takes.
+
+    Attributes:
+        seconds: from its first process's start to its last one's end.
+        cpu: the CPU seconds of the process that takes more of them.
+        faults: the page faults of the process that has more of them.
+    """
+
+    seconds: float
+    cpu: float
+    faults: int
+
+
 def all_rows(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for m in args.microbatches:
         for checkpoint in args.checkpoints:
             alone = (
-                (IN_BOTH, f"{ALONE}gpipe", f"{ALONE}eager_1f1b") if args.alone else ()
+                (IN_BOTH, *HALVES, f"{ALONE}gpipe", f"{ALONE}eager_1f1b")
+                if args.alone
+                else ()
             )
             rows += [
                 ("jax", schedule, checkpoint, m)
@@ -300,6 +336,27 @@ def ideal(schedule: str, m: int) -> float:
     return 2 * each * m / (each * m + 1)
 
 
+def without_a_pipe(schedule: str, m: int) -> float:
+    """By what the speed-up of a step without a pipeline is multiplied: as if a pipeline
+    with such stages could send for nothing.
+    """
+    if schedule == IN_BOTH:
+        return ideal(schedule, m)
+    # Half of the model takes half of the time.
+    is_half = schedule.startswith(ALONE) or schedule in HALVES
+    return ideal(schedule, m) / 2 if is_half else 1.0
+
+
+def of_alone(own: Took, alone: Took | None, top: float) -> str:
+    """The share of a pipeline beside one stage alone.
+
+    Arguments:
+        top: the ideal speed-up. Two devices would reach 2 if the pipeline were full
+            from the first to the last moment.
+    """
+    return f"{2 / top * alone.seconds / own.seconds:.0%}" if alone else ""
+
+
 def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
     """Compile and run each once; pipelined and unpipelined steps of a library must
     compute the same. All workers but torch's have the same model.
@@ -313,7 +370,7 @@ def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
             flush=True,
         )
         got = [float(word) for word in workers[library].ask(f"warm {name_of(row)}")[0]]
-        if row[1].startswith(ALONE):
+        if row[1].startswith(ALONE) or row[1] in HALVES:
             continue  # half of the model
         model = "torch" if library == "torch" else "jax"
         expected = want.setdefault(model, got)
@@ -330,7 +387,15 @@ def measure(
     rows: list[Row], workers: dict[str, Workers], repeats: int
 ) -> dict[Row, float]:
     """Median seconds of a step of each, over alternating rounds."""
-    took: dict[Row, list[float]] = {row: [] for row in rows}
+    took = measure_all(rows, workers, repeats)
+    return {row: own.seconds for row, own in took.items()}
+
+
+def measure_all(
+    rows: list[Row], workers: dict[str, Workers], repeats: int
+) -> dict[Row, Took]:
+    """The medians of a step of each, over alternating rounds."""
+    took: dict[Row, list[Took]] = {row: [] for row in rows}
     for k in range(repeats):
         print(f"round {k + 1}/{repeats}", file=sys.stderr, flush=True)
         for row in rows:
@@ -338,39 +403,51 @@ def measure(
                 [float(word) for word in answer]
                 for answer in workers[row[0]].ask(f"run {name_of(row)}")
             ]
-            took[row].append(
-                max(end for _, end in spans) - min(start for start, _ in spans)
-            )
-    return {row: statistics.median(times) for row, times in took.items()}
-
-
-def print_tables(seconds: dict[Row, float], args: argparse.Namespace) -> None:
-    for m in args.microbatches:
-        print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
-        print(f"{'configuration':44s} seconds   speed-up   ideal   share   over torch")
-        rows = [row for row in seconds if row[-1] == m]
-        best = min(
-            (seconds[row] for row in rows if row[0] == "torch" and row[1]), default=None
+            seconds = max(end for _, end in spans) - min(start for start, _ in spans)
+            spent = workers[row[0]].ask(f"spent {name_of(row)}")
+            cpu = max(float(cpu) for cpu, _ in spent)
+            faults = max(int(faults) for _, faults in spent)
+            took[row].append(Took(seconds, cpu, faults))
+    return {
+        row: Took(
+            statistics.median(own.seconds for own in rounds),
+            statistics.median(own.cpu for own in rounds),
+            statistics.median_low(own.faults for own in rounds),
         )
+        for row, rounds in took.items()
+    }
+
+
+def print_tables(took: dict[Row, Took], args: argparse.Namespace) -> None:
+    """A table for each number of microbatches."""
+    for m in args.microbatches:
+        rows = [row for row in took if row[-1] == m]
+        torch = [took[row].seconds for row in rows if row[0] == "torch" and row[1]]
+        print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
+        columns = "seconds  speed-up  ideal  share  CPU s  faults"
+        columns += "  of alone" * args.alone + "  over torch" * bool(torch)
+        print(f"{'configuration':36s} {columns}")
         for row in rows:
             library, schedule, checkpoint, _ = row
-            label = (
-                f"{library} "
-                f"{schedule or 'unpipelined'}{', remat' * (checkpoint == 'always')}"
-            )
-            text = f"{label:44s} {seconds[row]:7.3f}"
-            speed_up = seconds[library, "", checkpoint, m] / seconds[row]
+            own = took[row]
+            text = f"{library} {schedule or 'unpipelined'}"
+            text = f"{text + ', remat' * (checkpoint == 'always'):36s}"
+            text += f" {own.seconds:7.3f}"
             top = ideal(schedule, m)
-            if schedule == IN_BOTH:
-                speed_up *= top
-            elif schedule.startswith(ALONE):
-                speed_up *= top / 2
+            speed_up = took[library, "", checkpoint, m].seconds / own.seconds
+            speed_up *= without_a_pipe(schedule, m)
             text += (
-                f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}"
+                f"  {speed_up:8.2f}  {top:5.2f}  {speed_up / top:5.0%}"
                 if schedule
-                else " " * 27
+                else " " * 24
             )
-            print((text + (f"   {seconds[row] / best:10.2f}" if best else "")).rstrip())
+            text += f"  {own.cpu:5.3f}  {own.faults:6d}"
+            if args.alone:
+                alone = took.get((library, ALONE + schedule, checkpoint, m))
+                text += f"  {of_alone(own, alone, top):>8s}"
+            if torch:
+                text += f"  {own.seconds / min(torch):10.2f}"
+            print(text.rstrip())
 
 
 def parsed() -> argparse.Namespace:
@@ -492,7 +569,7 @@ def run(args: argparse.Namespace) -> None:
         )
         rows = all_rows(args)
         warm_up(rows, workers)
-        print_tables(measure(rows, workers, args.repeats), args)
+        print_tables(measure_all(rows, workers, args.repeats), args)
     finally:
         for pair in workers.values():
             pair.close()
