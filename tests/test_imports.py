@@ -177,6 +177,9 @@ ENTERED = {
     "tests.planning.test_balance": {"fpipe._executors"},  # a schedule's costs
     "tests.executors.test_offload": {"fpipe._core", "fpipe._model", "fpipe._program"},
     "tests.executors.placed.test_levels": {"fpipe._core", "fpipe._model"},  # a call
+    # What crosses between processes, in one and in several; what the watchdog is told.
+    "tests.core.test_processes": {"fpipe._executors", "fpipe._executors.placed"},
+    "tests.front.process_cases": {"fpipe._core", "fpipe._executors.placed"},
     # Two rooms are compared.
     "tests.executors.test_protocol": {"fpipe._model"},  # a call, the table of needs
     "tests.executors.placed.test_kept": {"fpipe._planning"},  # a plan, a balance
