@@ -75,10 +75,15 @@ def differentiable_call(
     # all.
     returned: list[Spec] = []
 
+    # From JAX 0.12 on the rules live as long as the trace. What they close over holds
+    # no arrays: `jax.checking_leaks()` would find the tracers among them.
+    names = tuple(differentiable)
+    others = args._replace(params=None, x=None, needs={}, state=None)
+
     def args_of(values: Sequence[Any]) -> Args:
         (params, inputs), (needs, state) = spec.unpack(values)
-        call = args._replace(params=params, state=state, needs=needs)
-        return call.with_inputs(dict(zip(differentiable, inputs, strict=True)))
+        call = others._replace(params=params, state=state, needs=needs)
+        return call.with_inputs(dict(zip(names, inputs, strict=True)))
 
     def primal(*values: Any) -> list[Any]:
         with executor.context():
