@@ -192,7 +192,7 @@ def readers_of_jaxprs(texts):
 
 # `bind` there is of signatures, or of a socket, not of primitives.
 BIND_SIGNATURES = {
-    "fpipe.distributed",
+    "fpipe._core.addresses",
     "fpipe._model.loss",
     "fpipe._model.remat",
     "fpipe._split.loss_function",
