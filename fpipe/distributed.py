@@ -61,7 +61,7 @@ def initialize(
     - It makes CPUs use gloo for collectives.
     - It gives this process an address for transfers between CPUs.
     - It lets XLA have more threads for the work of CPU devices: it sets the environment
-      variable `PJRT_NPROC`. With the usual ones processes may wait for each other for
+      variable `PJRT_NPROC`. With the usual number processes may wait for each other for
       ever.
     - It starts a watchdog, which ends this process if another process does not send
       what a placed pipe waits for, or what `watched` is told of.

@@ -451,8 +451,8 @@ class Split(FunctionLayers):
         The most expensive stage takes as little time as possible, estimated from the
         trace (see `fpipe.split`). A balance may make it up to 5 % longer if fewer bytes
         then go between stages. A forward counts once. `Pipe` and `fpipe.balance` know
-        how often it runs: twice with a checkpoint mode, except on the last stage of
-        most schedules.
+        how often it runs: twice with a checkpoint mode that recomputes, except on the
+        last stage of most schedules.
 
         Arguments:
             stages: the number of stages, at least 1.
