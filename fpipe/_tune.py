@@ -236,8 +236,8 @@ def tune(
     ]
     if failed and len(failed) == len(times):
         raise RuntimeError(
-            f"`fpipe.tune(measure=...)`: all {len(failed)} candidates failed that were "
-            f"to be measured:{as_list(failed)}"
+            "`fpipe.tune(measure=...)`: every candidate that was to be measured failed:"
+            + as_list(failed)
         )
     return Tuning.of(tried, wanted.unit, times)
 

@@ -115,7 +115,7 @@ def cut_as_said(
         )
     if len(spec) > len(shape):
         raise ValueError(
-            f"{where} has {len(spec)} entries, but the array has {len(shape)} axes"
+            f"{where} has {len(spec)} entries, but the array's `ndim` is {len(shape)}"
         )
     names = axes_of(spec)
     for name in names:

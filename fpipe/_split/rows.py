@@ -28,6 +28,7 @@ from fpipe._program.graph import Graph, Node, ancestors, dependents, inline
 from fpipe._split.mark import is_aux
 from fpipe._split.notes import REDUCTIONS
 from fpipe._split.trace import Function, Kind, Traced, trace_function
+from fpipe.schedules._checks import counted
 
 # Operations that are linear in all their operands together.
 # fmt: off
@@ -73,10 +74,11 @@ def note_rows(function: Function, kind: Kind, twice: Kind, traced: Traced) -> No
         text = str(error).partition("\n")[0]
         text = text if len(text) <= 200 else text[:199] + "…"
         warn(
-            f"`fpipe.split(fn)`: {name!r} can be traced with {rows} rows, but not with "
-            f"{2 * rows}{at_line(line_of(error))}: {type(error).__name__}: {text}. If "
-            "the function has a fixed number of rows, it only runs microbatches of "
-            "that number: write `x.shape[0]` in its place"
+            f"`fpipe.split(fn)`: {name!r} can be traced with {counted(rows, 'row')}, "
+            f"but not with {2 * rows}{at_line(line_of(error))}: "
+            f"{type(error).__name__}: {text}. If the function has a fixed number of "
+            "rows, it only runs microbatches of that number: write `x.shape[0]` in its "
+            "place"
         )
         return
     first, second = (inline(one.jaxpr, keep_rules=False) for one in (traced, other))

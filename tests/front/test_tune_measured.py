@@ -147,7 +147,7 @@ def test_a_candidate_that_fails_is_refused_and_the_others_run(clock):
     reason = "MemoryError: no room for 8 bytes"
     with raises(
         RuntimeError,
-        "`fpipe.tune(measure=...)`: all 2 candidates failed that were to be measured:"
+        "`fpipe.tune(measure=...)`: every candidate that was to be measured failed:"
         + "".join(
             f"\n- {name}, chunks=2, checkpoint='never': {reason}"
             for name in (first, second)

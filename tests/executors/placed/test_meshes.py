@@ -593,7 +593,7 @@ def test_specs_that_do_not_fit_are_refused():
     with raises(
         ValueError,
         f"layer 0 'mlp': its `spec` {P(None, None, 'model')} of params['w'] has 3 "
-        "entries, but the array has 2 axes",
+        "entries, but the array's `ndim` is 2",
     ):
         pipe_of(P(None, None, "model")).place(params)
     with raises(
