@@ -66,7 +66,8 @@ def split_variables(
         ValueError: a variable belongs to no layer, or to two. The state of a layer is
             missing, or a variable of its module is missing. Nothing is at a layer's
             path. A stack does not have one row for each of its layers. With
-            `deferred_batch_norm`, a module does not show its norms.
+            `deferred_batch_norm`, there are batch statistics for a layer that does not
+            know of its batch norms, because it was made without a sample `x`.
 
     Example:
         >>> from flax import linen as nn
