@@ -284,13 +284,13 @@ def _modules(paths: Sequence[str]) -> list[str]:
 def _narrow_places(
     function: Function, crossing: Crossing, places: Sequence[int]
 ) -> list[int]:
-    """The given places, except those in the middle of a module that more bytes cross
-    than cross its two ends.
+    """The given places, except those in the middle of a small group of modules under
+    one path that more bytes cross than cross its two ends.
 
-    In a block of a transformer two values cross every place but its ends: the residual
-    stream, and what is added to it. In a U-Net more and more bytes cross the places
-    towards its middle. It is cut there all the same, because its encoder is no small
-    part of it.
+    Such a group is the attention of a transformer's block, or its MLP: two values cross
+    every place but its ends, the residual stream and what is added to it. In a U-Net
+    more and more bytes cross the places towards its middle. It is cut there all the
+    same, because its encoder is no small part of it.
     """
     across, work = crossing.bytes, np.cumsum([0.0, *work_at_places(crossing)])
     ends = [0, *places, len(work) - 1]
