@@ -144,7 +144,8 @@ def balance(
     - the values that the backward needs, for each microbatch that the schedule holds.
       With recomputation these are the stage's inputs, and the residuals of one
       microbatch (of two with `"except_last"`);
-    - arrays that wait to be sent or used, and one array at each end of the stage;
+    - arrays that wait to be sent or used, and one microbatch more of each boundary and
+      skip that comes or goes, for what is on its way;
     - the batch, on the first stage.
 
     Side inputs, targets, XLA's memory inside a program, and casts of parameters to
