@@ -348,9 +348,9 @@ def _no_parameters(key: Any, x: Any) -> None:
 def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
     """A hypothesis strategy for random layers from `(rows, width)` to `(rows, width)`.
 
-    The layers have skips between any two of them, states (of the call and of rows),
-    keys, side inputs, tied weights, and parameters that are `None`. Side inputs have
-    the shape of `x`, and at least one layer asks for them.
+    The layers have skips between any two of them, states (one for all microbatches, or
+    one entry for each row), keys, side inputs, tied weights, and parameters that are
+    `None`. Side inputs have the shape of `x`, and at least one layer asks for them.
 
     Arguments:
         width: the width of the arrays that go from layer to layer.

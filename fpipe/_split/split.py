@@ -288,9 +288,9 @@ class Split(FunctionLayers):
         """What each piece takes in a step that trains, forward and backward, estimated
         from the trace.
 
-        The unit is a FLOP of a large matrix product. The mode is that of the example
-        that the function was split with, and so are its dtypes: they decide how a
-        `Pipe` cuts it.
+        The unit is a FLOP of a large matrix product. The mode and the dtypes are those
+        of the example that the function was split with, because a `Pipe` finds its
+        default balance with these.
 
         Arguments:
             x, needs: shapes of a microbatch, as `layers_in` take them.
@@ -638,7 +638,8 @@ def split(
 
     The time of a piece is that of its forward and backward, estimated from the trace by
     the roofline model: each equation takes the longer of the times of its FLOPs and of
-    the bytes that it moves. Their ratio is a constant of each `jax.default_backend()`.
+    the bytes that it moves. How many FLOPs take as long as moving one byte is a
+    constant of each `jax.default_backend()`.
 
     Arguments:
         fn: `fn(params, x, **needs)`, a pure function; `x` is any pytree. It may have
