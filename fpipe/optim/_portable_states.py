@@ -117,9 +117,10 @@ def place(
     puts it.
 
     Arguments:
-        state: a state from `gather`, from plain optax on `pipe.gather(params)` (without
-            `frozen` parameters and integers), or of another partition. Numpy arrays, as
-            a checkpoint has them, are taken too.
+        state: a state from `gather`, from plain optax on `pipe.gather(params)`, or of
+            another partition. It has nothing for `frozen` parameters and integers: give
+            the `init` of plain optax an `optax.MaskedNode()` in place of each of them.
+            Numpy arrays, as a checkpoint has them, are taken too.
         params: the parameters, placed or packed.
         tx: the transformation of the state. If it is given, a state of another
             transformation or of another model is an error. Default: not checked.
