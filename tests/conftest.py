@@ -53,18 +53,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """How tests are shared out, and whether types are checked.
+    """Whether types are checked.
 
-    A module's tests run in one process: they share references, and what JAX has traced.
-    In several processes all of it is made in each, which takes a sixth more time.
-
-    Types are checked when tests ask for it, before the package is imported. Not in
-    every run: what is refused with a message of ours would be refused by the type
-    checker first, which has no remedy to offer.
+    They are when tests ask for it, before the package is imported. Not in every run:
+    what is refused with a message of ours would be refused by the type checker first,
+    which has no remedy to offer.
     """
-    if getattr(config.option, "dist", "no") == "load":  # the default of `-n`
-        config.option.dist = "loadfile"
-        config.option.loadscopereorder = False  # the order of `collection_modifyitems`
     if config.option.typed or config.option.markexpr == "quick":
         # Annotated variables are left to the static checker. An `int` is a `float`.
         conf = beartype.BeartypeConf(claw_is_pep526=False, is_pep484_tower=True)
