@@ -32,7 +32,6 @@ for each `m`:
 """
 
 import argparse
-import dataclasses
 import os
 import pathlib
 import platform
@@ -45,11 +44,12 @@ from two_processes import (
     QUICK,
     TORCH_SCHEDULES,
     Row,
+    Took,
     Workers,
     cpu_model,
     ideal,
     main,
-    name_of,
+    measure,
     torch_python,
     warm_up,
 )
@@ -57,25 +57,6 @@ from two_processes import (
 SCHEDULES = ("eager_1f1b", "1f1b", "interleaved_1f1b")
 # What the stages run that run alone.
 APART = "eager_1f1b"
-
-
-@dataclasses.dataclass
-class Took:
-    """What a step takes, in both processes together.
-
-    Attributes:
-        seconds: from the first that starts to the last that ends, of each round.
-        cpu: the CPU time of all threads, of all rounds.
-        faults: pages that the system had to find, of all rounds.
-    """
-
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    cpu: float = 0.0
-    faults: int = 0
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
 
 
 def step_rows(args: argparse.Namespace, m: int) -> list[Row]:
@@ -95,38 +76,6 @@ def step_rows(args: argparse.Namespace, m: int) -> list[Row]:
     return rows
 
 
-def used(workers: Workers) -> tuple[float, int]:
-    """CPU seconds and page faults of both processes so far."""
-    seconds, faults = 0.0, 0
-    for process in workers.processes:
-        stat = pathlib.Path(f"/proc/{process.pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        faults += int(fields[7])
-        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds, faults
-
-
-def measured(
-    rows: list[Row], workers: dict[str, Workers], repeats: int
-) -> dict[Row, Took]:
-    """What a step of each takes, over alternating rounds."""
-    found = {row: Took() for row in rows}
-    for k in range(repeats):
-        print(f"round {k + 1}/{repeats}", file=sys.stderr, flush=True)
-        for row, took in found.items():
-            own = workers[row[0]]
-            cpu, faults = used(own)
-            answers = own.ask(f"run {name_of(row)}")
-            cpu_end, faults_end = used(own)
-            took.cpu += cpu_end - cpu
-            took.faults += faults_end - faults
-            took.seconds.append(
-                max(float(end) for _, end in answers)
-                - min(float(start) for start, _ in answers)
-            )
-    return found
-
-
 def label_of(row: Row) -> str:
     library, schedule, checkpoint, _ = row
     is_pipe = library == "jax" and schedule not in ("", IN_BOTH)
@@ -139,7 +88,7 @@ def label_of(row: Row) -> str:
 
 def print_steps(found: dict[Row, Took], m: int) -> None:
     """A table of the steps with so many microbatches."""
-    seconds = {row: took.median for row, took in found.items()}
+    seconds = {row: took.seconds for row, took in found.items()}
     pipes = [
         row for row in seconds if row[1] and row[1] not in (IN_BOTH, ALONE + APART)
     ]
@@ -162,8 +111,7 @@ def print_steps(found: dict[Row, Took], m: int) -> None:
         elif schedule == IN_BOTH:
             line += f"  {'':8s}  {'':5s}  {base / took:5.0%}"
         own = found[row]
-        rounds = len(own.seconds)
-        print(f"{line:102s} {own.cpu / rounds:9.3f}  {own.faults // rounds:7d}")
+        print(f"{line:102s} {sum(own.cpu):9.3f}  {sum(own.faults):7d}")
 
 
 def spans(workers: Workers, name: str, repeats: int) -> list[list[tuple[float, float]]]:
@@ -271,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
         for m in args.microbatches:
             rows = step_rows(args, m)
             warm_up(rows, workers)
-            found = measured(rows, workers, args.repeats)
+            found = measure(rows, workers, args.repeats)
             print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
             print_steps(found, m)
             print_costs(workers["placed"], args, m)

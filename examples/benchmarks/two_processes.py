@@ -297,13 +297,13 @@ class Took:
 
     Attributes:
         seconds: from its first process's start to its last one's end.
-        cpu: the CPU seconds of the process that takes more of them.
-        faults: the page faults of the process that has more of them.
+        cpu: the CPU seconds of each process, of all its threads.
+        faults: the page faults of each process.
     """
 
     seconds: float
-    cpu: float
-    faults: int
+    cpu: tuple[float, ...]
+    faults: tuple[int, ...]
 
 
 def all_rows(args: argparse.Namespace) -> list[Row]:
@@ -385,14 +385,6 @@ def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
 
 def measure(
     rows: list[Row], workers: dict[str, Workers], repeats: int
-) -> dict[Row, float]:
-    """Median seconds of a step of each, over alternating rounds."""
-    took = measure_all(rows, workers, repeats)
-    return {row: own.seconds for row, own in took.items()}
-
-
-def measure_all(
-    rows: list[Row], workers: dict[str, Workers], repeats: int
 ) -> dict[Row, Took]:
     """The medians of a step of each, over alternating rounds."""
     took: dict[Row, list[Took]] = {row: [] for row in rows}
@@ -405,17 +397,21 @@ def measure_all(
             ]
             seconds = max(end for _, end in spans) - min(start for start, _ in spans)
             spent = workers[row[0]].ask(f"spent {name_of(row)}")
-            cpu = max(float(cpu) for cpu, _ in spent)
-            faults = max(int(faults) for _, faults in spent)
+            cpu = tuple(float(cpu) for cpu, _ in spent)
+            faults = tuple(int(faults) for _, faults in spent)
             took[row].append(Took(seconds, cpu, faults))
-    return {
-        row: Took(
-            statistics.median(own.seconds for own in rounds),
-            statistics.median(own.cpu for own in rounds),
-            statistics.median_low(own.faults for own in rounds),
-        )
-        for row, rounds in took.items()
-    }
+    return {row: medians_of(rounds) for row, rounds in took.items()}
+
+
+def medians_of(rounds: list[Took]) -> Took:
+    """What a step takes, of what it took in some rounds."""
+    cpu = zip(*(own.cpu for own in rounds), strict=True)
+    faults = zip(*(own.faults for own in rounds), strict=True)
+    return Took(
+        statistics.median(own.seconds for own in rounds),
+        tuple(map(statistics.median, cpu)),
+        tuple(map(statistics.median_low, faults)),
+    )
 
 
 def print_tables(took: dict[Row, Took], args: argparse.Namespace) -> None:
@@ -441,7 +437,7 @@ def print_tables(took: dict[Row, Took], args: argparse.Namespace) -> None:
                 if schedule
                 else " " * 24
             )
-            text += f"  {own.cpu:5.3f}  {own.faults:6d}"
+            text += f"  {max(own.cpu):5.3f}  {max(own.faults):6d}"
             if args.alone:
                 alone = took.get((library, ALONE + schedule, checkpoint, m))
                 text += f"  {of_alone(own, alone, top):>8s}"
@@ -569,7 +565,7 @@ def run(args: argparse.Namespace) -> None:
         )
         rows = all_rows(args)
         warm_up(rows, workers)
-        print_tables(measure_all(rows, workers, args.repeats), args)
+        print_tables(measure(rows, workers, args.repeats), args)
     finally:
         for pair in workers.values():
             pair.close()
