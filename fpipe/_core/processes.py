@@ -206,9 +206,20 @@ def _met(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
             raise
 
 
+def as_words(text: str, size: int) -> np.ndarray:
+    """A text as `size` numbers of 32 bits, for `meet`; what is too long is cut off."""
+    said = text.encode()[: 4 * size].ljust(4 * size, b"\0")
+    return np.frombuffer(said, np.uint32)
+
+
+def as_text(words: np.ndarray) -> str:
+    """The text that `as_words` was given."""
+    return words.tobytes().decode(errors="ignore").rstrip("\0")
+
+
 # Whether this process has met the others.
 _greeted: list[bool] = []
-_TEXT = 400  # bytes
+_WORDS = 100  # of what a process has raised
 
 
 def greet(
@@ -230,10 +241,8 @@ def greet(
     if _greeted:
         return
     _greeted.append(True)
-    said = (raised or "").encode()[:_TEXT].ljust(_TEXT, b"\0")
-    rows = _met(np.frombuffer(said, np.uint32), describe)
-    for process, row in enumerate(rows):
-        text = row.tobytes().rstrip(b"\0").decode(errors="ignore")
+    rows = _met(as_words(raised or "", _WORDS), describe)
+    for process, text in enumerate(map(as_text, rows)):
         if text and raised is None:
             raise RuntimeError(
                 f"process {process} has raised before its first call with the others: "

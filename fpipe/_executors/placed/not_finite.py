@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from fpipe._core.errors import PREFIX, add_note
-from fpipe._core.processes import is_shared, meet
+from fpipe._core.processes import as_text, as_words, is_shared, meet
 from fpipe._core.settings import checked, unchecked
 from fpipe._executors.not_finite import forbidden_in
 from fpipe._executors.placed.instructions import Run
@@ -94,8 +94,7 @@ class Search:
         if self._error is not None:
             notes = getattr(self._error, "__notes__", ())
             own = [note for note in notes if note.startswith(PREFIX)]
-            text = _SEPARATOR.join([str(self._error), *own]).encode()[: 4 * _WORDS]
-            words[1:] = np.frombuffer(text.ljust(4 * _WORDS, b"\0"), np.uint32)
+            words[1:] = as_words(_SEPARATOR.join([str(self._error), *own]), _WORDS)
         with unchecked():
             told = meet(words, lambda: "all processes to look for NaNs")
         first = int(np.argmin(told[:, 0]))
@@ -106,8 +105,7 @@ class Search:
                 raise self._error
             finally:
                 self._error = None  # no cycle through the traceback
-        text = told[first, 1:].tobytes().decode(errors="ignore").rstrip("\0")
-        message, *notes = text.split(_SEPARATOR)
+        message, *notes = as_text(told[first, 1:]).split(_SEPARATOR)
         error = FloatingPointError(message)
         for note in notes:
             error.add_note(f"{note} (process {first})")
