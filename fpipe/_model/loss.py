@@ -26,6 +26,7 @@ from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
 from fpipe._core.statics import check_leaves
 from fpipe._model.scopes import LOSS_SCOPE, scope_of
 from fpipe._model.wrappers import PerRow, is_wrapper, without_chunks
+from fpipe.schedules._checks import counted
 
 Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 
@@ -187,7 +188,7 @@ def _check_signature(
     try:
         signature.bind(y, *targets)
     except TypeError:
-        count = f"{len(targets)} target{'' if len(targets) == 1 else 's'}"
+        count = counted(len(targets), "target")
         raise TypeError(
             "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of "
             f"the last layer, here with {count}: {error}"

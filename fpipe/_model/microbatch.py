@@ -255,8 +255,8 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
     for leaf in ready:
         if len(leaf.values) != len(ready[0].values):
             raise ValueError(
-                f"`{leaf.name}` has {len(leaf.values)} ready-made "
-                f"microbatch{'' if len(leaf.values) == 1 else 'es'}, but "
+                f"`{leaf.name}` has "
+                f"{counted(len(leaf.values), 'ready-made microbatch', 'es')}, but "
                 f"`{ready[0].name}` has {len(ready[0].values)}: "
                 "all `fpipe.Microbatches` of a call have equally many"
             )
@@ -475,8 +475,7 @@ def _unequal_rows(leaf: InputLeaf, first: InputLeaf) -> str:
     """
     (array,), (rows,) = leaf.values, leaf.rows
     text = (
-        f"`{leaf.name}` of shape {array.shape} has {rows} "
-        f"row{'' if rows == 1 else 's'}, but "
+        f"`{leaf.name}` of shape {array.shape} has {counted(rows, 'row')}, but "
         f"`{first.name}` of shape {first.values[0].shape} has {first.rows[0]}: the "
         "rows of all arrays are cut together, so give both equally many, or wrap one "
         "in fpipe.NoChunk(…), if it goes whole to every microbatch, or in "
