@@ -136,6 +136,10 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
+def test_what_to_read_before_a_change_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 50
+
+
 NAMING = [ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 
