@@ -291,15 +291,13 @@ def add_moves(
         # For each copy that is missing here, what it is a copy of. All of them go in
         # one `Move`: one call of `device_put` for a list costs less than one for each.
         reads = [slot.on(placement) for slot in item.ins]
-        copies = {
-            here: slot
-            for here, slot in zip(reads, item.ins, strict=True)
-            if here not in numbers
-        }
-        for slot in item.brings:
+        copies: dict[Slot, Slot] = {}
+        for slot in (*item.ins, *item.brings):
             here = slot.on(placement)
-            if here not in numbers:
-                copies[here] = slot
+            # Of the members of a fused program one may know a value where it was made,
+            # and another one here, where the first one brings it.
+            if here not in numbers and slot != here:
+                copies.setdefault(here, slot)
         moves: list[Move] = []
         for group in _together(copies, placement):
             sendings: list[Sending] = []

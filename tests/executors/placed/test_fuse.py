@@ -220,6 +220,22 @@ def test_on_a_mesh_too():
     assert kinds(pipe) == {"F1 B1": 3}
 
 
+@pytest.mark.parametrize("over_a_mesh", [False, True])
+def test_what_one_brings_another_reads(over_a_mesh):
+    """On the second device two stages are fused in a forward. The first passes its
+    input on as a skip, so it brings it for the second, and reads it too.
+    """
+    layers, devices = models()["jump1"], jax.devices()
+    places = {"balance": [1, 1, 1, 1], "devices": devices[:2]}
+    if over_a_mesh:
+        mesh = Mesh(np.reshape(devices[:4], (2, 2)), ("stage", "data"))
+        places = {"mesh": mesh}
+    pipe = fpipe.Pipe(layers, chunks=2, schedule="v_half", **places)
+    for loss in ("inside", "outside"):
+        check(Case(layers, 2, rows=8), pipe, loss)
+    assert kinds(pipe)["F1 F2"] == 2
+
+
 def test_numbers_are_those_of_programs_of_their_own():
     """Bit for bit here; XLA promises it for no model."""
     case = Case([dense()] * 2, 3)
