@@ -1,19 +1,18 @@
 """Four simulated CPU devices, quick compilation, and a cache of it for all runs."""
 
-import functools
 import gc
 import os
 import pathlib
 import signal
 import time
-from unittest import mock
 
 import beartype
 import beartype.claw
 import hypothesis
 import jax
 import pytest
-from jax._src.interpreters import mlir
+
+from tests import speed
 
 # Tests compile thousands of small programs and run each a few times, so they ask XLA
 # for code that is made fast, not for fast code: without optimization, without the
@@ -104,18 +103,10 @@ def pytest_collection_modifyitems(items):
                 item.own_markers.remove(mark)
 
 
-# JAX makes a context of MLIR for each program and loads all dialects into it, which
-# takes as long as to lower a small program. The programs of a module share one.
-shared_context = functools.cache(mlir.make_ir_context)
-mock.patch.object(mlir, "make_ir_context", shared_context).start()
+speed.set_up()
 
 
-# Each young collection walks what a few layers leave when they are traced. JAX makes so
-# many small objects that it is a twentieth of all time by default.
-gc.set_threshold(50_000, 20, 20)
-
-
-KEPT = 30.0
+KEPT = 100.0
 """For how many seconds of work JAX keeps what it has traced and lowered."""
 
 
@@ -139,7 +130,7 @@ def small_heap(last_clearing):
     yield
     if time.process_time() - last_clearing[0] > KEPT:
         jax.clear_caches()
-        shared_context.cache_clear()
+        speed.forget_contexts()
         gc.collect()
         gc.freeze()
         last_clearing[0] = time.process_time()

@@ -29,7 +29,8 @@ import tempfile
 import threading
 import traceback
 import warnings
-from typing import Any
+
+from tests import speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Scripts share compiled programs with each other, and with earlier runs. No test reads
@@ -181,9 +182,7 @@ if __name__ == "__main__":
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".cache" / "python")
     for name in OWN:
         importlib.import_module(name)
-    # Programs share a context, as in `tests/conftest.py`.
-    mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    speed.set_up()
     gc.freeze()  # what is looked at is copied
     code = exit_code(next_script())
     atexit._run_exitfuncs()

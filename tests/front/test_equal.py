@@ -111,47 +111,64 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
     """
     rng = np.random.default_rng(seed)
     names, sizes = list(table), [len(values) for values in table.values()]
-    columns = list(itertools.combinations(range(len(names)), 2))
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    # For two columns, in both orders, which pairs of their values are missing.
+    missing = {}
+    for a, b in pairs:
+        of_both = itertools.product(table[names[a]], table[names[b]])
+        needed = [differs({names[a]: i, names[b]: j}) for i, j in of_both]
+        missing[a, b] = np.reshape(needed, (sizes[a], sizes[b]))
+        missing[b, a] = missing[a, b].T  # a view
 
     def named(row):
         return {name: table[name][k] for name, k in zip(names, row, strict=True)}
 
-    def is_row(row):
+    @functools.cache
+    def is_row(*row):
         return runs(named(row)) and differs(named(row))
 
-    def covered(row):
-        return {(a, row[a], b, row[b]) for a, b in columns} & pairs
+    def gains(row, column):
+        """How many missing pairs each value of a column is in, beside the others."""
+        others = [other for other in range(len(names)) if other != column]
+        return sum(
+            missing[column, other][:, row[other]].astype(int) for other in others
+        )
 
-    pairs = {
-        (a, i, b, j)
-        for a, b in columns
-        for i in range(sizes[a])
-        for j in range(sizes[b])
-        if differs({names[a]: table[names[a]][i], names[b]: table[names[b]][j]})
-    }
+    def climbed(row, fixed):
+        """The row, changed as long as that brings more."""
+        changed = True
+        while changed:
+            changed = False
+            for column in rng.permutation(len(names)):
+                if column in fixed:
+                    continue
+                gained = gains(row, column)
+                for value in np.argsort(-gained, kind="stable"):
+                    if gained[value] <= gained[row[column]]:
+                        break
+                    other = [*row[:column], int(value), *row[column + 1 :]]
+                    if is_row(*other):
+                        row, changed = other, True
+                        break
+        return row
+
     rows = []
-    while pairs:
-        a, i, b, j = min(pairs)
-        best, most = [], 0
-        for _ in range(3):
-            row = None
-            while row is None or not is_row(row):
+    for a, b in pairs:
+        for i, j in itertools.product(range(sizes[a]), range(sizes[b])):
+            found = []
+            while missing[a, b][i, j] and len(found) < 3:
                 row = [int(rng.integers(size)) for size in sizes]
                 row[a], row[b] = i, j
-            count, before = len(covered(row)), 0
-            while count > before:
-                before = count
-                for c in rng.permutation(len(names)):
-                    if c in (a, b):
-                        continue
-                    for value in range(sizes[c]):
-                        other = [*row[:c], value, *row[c + 1 :]]
-                        if is_row(other) and len(covered(other)) > count:
-                            row, count = other, len(covered(other))
-            if count > most:
-                best, most = row, count
-        rows.append(named(best))
-        pairs -= covered(best)
+                if is_row(*row):
+                    row = climbed(row, (a, b))
+                    found.append(
+                        (sum(missing[c, d][row[c], row[d]] for c, d in pairs), row)
+                    )
+            if found:
+                _, row = max(found)
+                rows.append(named(row))
+                for c, d in pairs:
+                    missing[c, d][row[c], row[d]] = False
     return rows
 
 
@@ -341,7 +358,8 @@ def test_forwards_alone(model):
         pipe.value_and_grad(mse)(placed, case.x, case.target, **needs)
 
 
-ROWS = covering(TABLE, seed=1)
+# Of some seeds the one with the fewest rows.
+ROWS = covering(TABLE, seed=10)
 
 
 def needs_eight_devices(row: dict) -> bool:

@@ -8,7 +8,6 @@ process that has asked JAX for no devices, and each worker is a fork of it.
 
 import atexit
 import dataclasses
-import functools
 import gc
 import importlib
 import json
@@ -19,12 +18,12 @@ import socket
 import sys
 import threading
 from queue import Queue
-from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
+from tests import speed
 from tests.helpers import HANG
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -99,9 +98,7 @@ def work(module, flags, out, error):
     file = os.open(error, os.O_WRONLY)
     os.dup2(file, 2)
     gc.freeze()  # what is looked at is copied
-    # Programs share a context, as in `tests/conftest.py`.
-    mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    speed.set_up()
     sys.argv = [module, *flags]
     code = 0
     try:
