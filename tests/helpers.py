@@ -380,6 +380,10 @@ class Case:
         return fpipe.sequential(self.layers, chunks=self.chunks)
 
     def params(self):
+        return self._params
+
+    @functools.cached_property
+    def _params(self):
         inputs = [
             jax.tree.map(lambda a: jnp.zeros(a.shape), tree)
             for tree in (self.x, self.side)

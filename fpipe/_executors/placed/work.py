@@ -21,8 +21,9 @@ value with a maker, so a new kind of route needs no new code in this module.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -572,7 +573,7 @@ class CallWork:
                     sizes = (placement.parts, *sizes)
                 # The new value of a state is a maximum, and nothing is less than this.
                 start = -jnp.inf if value.leaf.port.kind == "state" else 0
-                starts.append((sizes, start, sum_dtype(shape.dtype)))
+                starts.append(Start(sizes, start, sum_dtype(shape.dtype)))
                 slot = Slot(StartedSum(value.leaf, stage), placement, "gradients")
                 self.sums[stage, value.leaf] = slot
                 outs.append(slot)
@@ -581,11 +582,29 @@ class CallWork:
                     (sizes, self.shardings.result(value, sizes, 0, placement, apart))
                 )
 
-        def zeros() -> list[Any]:
-            return [jnp.full(*start) for start in starts]
-
         if outs:
+            zeros = zeros_of(tuple(starts))
             self.add_unscheduled("zeros", zeros, [], outs, placement, lie)
+
+
+class Start(NamedTuple):
+    """What a sum starts from: an array full of one number."""
+
+    shape: tuple[int, ...]
+    number: float
+    dtype: Any
+
+
+@functools.lru_cache(256)
+def zeros_of(starts: tuple[Start, ...]) -> Callable[[], list[jax.Array]]:
+    """The function that makes what some sums start from."""
+
+    # JAX compiles a function once. Stages, calls and pipes with equal parameters get
+    # the same one.
+    def zeros() -> list[jax.Array]:
+        return [jnp.full(*start) for start in starts]
+
+    return zeros
 
 
 def _role(value: ProgramValue, stage: int, last: bool) -> Role:
