@@ -7,7 +7,7 @@ from typing import Any
 
 
 def set_up() -> None:
-    """Fewer collections, and one context of MLIR for all programs."""
+    """Collect rarely, share one context of MLIR, and share programs of one device."""
     # Each young collection walks what a few layers leave when they are traced. JAX
     # makes so many small objects that it is a twentieth of all time by default.
     gc.set_threshold(200_000, 20, 20)
@@ -15,9 +15,27 @@ def set_up() -> None:
     # as long as to lower a small program.
     mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    share_programs()
 
 
 def forget_contexts() -> None:
     """The next program makes a new context."""
     mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
     mlir.make_ir_context.cache_clear()
+
+
+def share_programs() -> None:
+    """What was compiled for one CPU device is found in the cache for all of them.
+
+    Stages compute much the same on each device. JAX looks for a program of a GPU
+    whatever its device, and for one of a CPU by its device.
+    """
+    keys: Any = importlib.import_module("jax._src.cache_key")
+    hashed = keys._hash_serialized_compile_options
+
+    def hashed_alike(into: Any, options: Any, strip_device_assignment: bool) -> Any:
+        devices = options.device_assignment
+        alone = devices and devices.replica_count() * devices.computation_count() == 1
+        return hashed(into, options, bool(alone) or strip_device_assignment)
+
+    keys._hash_serialized_compile_options = hashed_alike
