@@ -130,9 +130,7 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
     def gains(row, column):
         """How many missing pairs each value of a column is in, beside the others."""
         others = [other for other in range(len(names)) if other != column]
-        return sum(
-            missing[column, other][:, row[other]].astype(int) for other in others
-        )
+        return np.sum([missing[column, c][:, row[c]] for c in others], axis=0)
 
     def climbed(row, fixed):
         """The row, changed as long as that brings more."""

@@ -4,6 +4,7 @@ what is not, and that nothing else changes.
 
 import collections
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +227,7 @@ def test_what_one_brings_another_reads(over_a_mesh):
     input on as a skip, so it brings it for the second, and reads it too.
     """
     layers, devices = models()["jump1"], jax.devices()
-    places = {"balance": [1, 1, 1, 1], "devices": devices[:2]}
+    places: dict[str, Any] = {"balance": [1, 1, 1, 1], "devices": devices[:2]}
     if over_a_mesh:
         mesh = Mesh(np.reshape(devices[:4], (2, 2)), ("stage", "data"))
         places = {"mesh": mesh}
