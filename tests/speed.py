@@ -7,10 +7,10 @@ from typing import Any
 
 
 def set_up() -> None:
-    """Collect rarely, share one context of MLIR, and share programs of one device."""
+    """Collect rarely, share one context of MLIR, and share programs."""
     # Each young collection walks what a few layers leave when they are traced. JAX
     # makes so many small objects that it is a twentieth of all time by default.
-    gc.set_threshold(200_000, 20, 20)
+    gc.set_threshold(1_000_000, 20, 20)
     # JAX makes a context for each program and loads all dialects into it, which takes
     # as long as to lower a small program.
     mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
@@ -25,7 +25,7 @@ def forget_contexts() -> None:
 
 
 def share_programs() -> None:
-    """What was compiled for one CPU device is found in the cache for all of them.
+    """What was compiled for some CPU devices is found in the cache for any others.
 
     Stages compute much the same on each device. JAX looks for a program of a GPU
     whatever its device, and for one of a CPU by its device.
@@ -34,8 +34,7 @@ def share_programs() -> None:
     hashed = keys._hash_serialized_compile_options
 
     def hashed_alike(into: Any, options: Any, strip_device_assignment: bool) -> Any:
-        devices = options.device_assignment
-        alone = devices and devices.replica_count() * devices.computation_count() == 1
-        return hashed(into, options, bool(alone) or strip_device_assignment)
+        del strip_device_assignment
+        return hashed(into, options, strip_device_assignment=True)
 
     keys._hash_serialized_compile_options = hashed_alike
