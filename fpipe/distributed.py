@@ -15,7 +15,6 @@ transfer needs a port in each process that the others can reach.
 import atexit
 import math
 import os
-import re
 import sys
 import threading
 import traceback
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from fpipe._core import watchdog
+from fpipe._core import cpu_threads, heap, watchdog
 from fpipe._core.addresses import free_address
 from fpipe._core.checks import is_number
 from fpipe._core.errors import PREFIX, shown
@@ -36,9 +35,6 @@ from fpipe._executors.transfers import evenly, spread_evenly
 from fpipe._split.stacks import RowBlocks, joined
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
-# How many threads XLA makes for the work of CPU devices, in each of two pools. If the
-# first is not set it looks at the second, and if neither is, at the number of cores.
-_THREADS = "PJRT_NPROC", "NPROC"
 
 # The seconds that a process which has raised waits for the others, to tell them.
 _PATIENCE = 30.0
@@ -56,13 +52,18 @@ def initialize(
     """Join the other processes: `jax.distributed.initialize`, and what a pipe needs.
 
     Call it before anything uses a device, and after `jax_num_cpu_devices` is set.
-    Besides joining, it does five things:
+    Besides joining, it does six things:
 
     - It makes CPUs use gloo for collectives.
     - It gives this process an address for transfers between CPUs.
-    - It lets XLA have more threads for the work of CPU devices: it sets the environment
-      variable `PJRT_NPROC`. With the usual number processes may wait for each other for
-      ever.
+    - It lets XLA have enough threads for the work of CPU devices: three for each device
+      and one more. With fewer, processes with stages in common may wait for each other
+      for ever. It sets the environment variable `PJRT_NPROC`, if you have not set it
+      and the process has fewer cores.
+    - It lets glibc keep the memory of freed arrays for new ones, if JAX is told that
+      there are CPUs alone (`JAX_PLATFORMS=cpu`) and you have set nothing of glibc's
+      memory (`MALLOC_...`, `GLIBC_TUNABLES`) in the environment. The process then keeps
+      the most memory that it has ever used.
     - It starts a watchdog, which ends this process if another process does not send
       what a placed pipe waits for, or what `watched` is told of.
     - If the script raises an exception, it ends this process. An ordinary exit would
@@ -99,6 +100,10 @@ def initialize(
         )
     given = transfer_address or os.environ.get(_ADDRESS)
     address = None if given is None else _checked(given)
+    settings: Any = jax.config
+    if settings.jax_platforms == "cpu":
+        # Before the threads of `jax.distributed` take heaps of their own.
+        heap.keep_freed()
     jax.distributed.initialize(
         coordinator_address, num_processes, process_id, **options
     )
@@ -110,7 +115,7 @@ def initialize(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX publishes what is configured here, so a port of 0 would be found by nobody.
     jax.config.update("jax_cross_host_transfer_socket_address", address)
-    os.environ[_THREADS[0]] = str(_enough_threads())
+    cpu_threads.ensure_enough()
     host = address.rpartition(":")[0]
     jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{host}:0"] * 4))
     watchdog.start(math.inf if timeout is None else float(timeout))
@@ -212,37 +217,6 @@ def shutdown() -> None:
         return
     arrive((), lambda: "all processes to reach the end of the script")
     jax.distributed.shutdown()
-
-
-def _enough_threads() -> int:
-    """How many threads the CPU devices of this process need to never wait for one.
-
-    XLA makes as many as there are cores, or devices if they are more (jax 0.10.2). A
-    program whose devices are in several processes holds a thread until the others have
-    run it too, and to send an array takes a thread as well. Two devices, two threads:
-
-        process 0                                 process 1
-        a thread runs P on cpu:0, waits for P     P waits for an array of cpu:1
-        a thread runs Q on cpu:1, waits for Q     Q waits for an array of cpu:0
-        no thread is left to send the arrays
-
-    Three threads may wait for each device: for a program of it, for one of several
-    devices of the process, and for the next of these, which is dispatched there.
-    """
-    given = next((n for n in map(os.environ.get, _THREADS) if n and n.isdigit()), None)
-    if given is not None:
-        usual = int(given)
-    elif hasattr(os, "sched_getaffinity"):
-        usual = len(os.sched_getaffinity(0))
-    else:
-        usual = os.cpu_count() or 1
-    settings: Any = jax.config
-    devices = settings.jax_num_cpu_devices
-    if devices < 1:
-        flag = r"--xla_force_host_platform_device_count=(\d+)"
-        flags = re.findall(flag, os.environ.get("XLA_FLAGS", ""))
-        devices = int(flags[-1]) if flags else 1
-    return usual + 3 * devices
 
 
 def _checked(address: Any) -> str:

@@ -4,6 +4,7 @@ to run.
 
 import functools
 import json
+import os
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from two_processes import ALONE, HALF_IN_ONE, HALVES, IN_BOTH, replies, serve
 
 import fpipe
+import fpipe.distributed
 
 BLOCKS, HEADS = 8, 8
 BALANCE = {
@@ -192,11 +194,10 @@ def barrier_over(devices):
 def main() -> None:
     options = json.loads(sys.argv[1])
     reply = replies()
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     rank, address = options.pop("rank"), f"127.0.0.1:{options.pop('port')}"
-    jax.distributed.initialize(
-        address, num_processes=2, process_id=rank, initialization_timeout=120
-    )
+    # As many threads as the process has cores. A program has one device in each.
+    os.environ["PJRT_NPROC"] = "1"
+    fpipe.distributed.initialize(address, 2, rank, initialization_timeout=120)
     assert len(jax.devices()) == 2, jax.devices()
     barrier = barrier_over(jax.devices())
     reply("jax", jax.__version__)

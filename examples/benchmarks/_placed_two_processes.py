@@ -1,9 +1,10 @@
 """A worker of `processes.py` that runs the placed executor. There are two of them.
 
-It has two devices, and a pipe over both processes uses the first of each.
+A pipe over both processes uses the first device of each.
 """
 
 import json
+import os
 import sys
 import unittest.mock
 
@@ -27,11 +28,13 @@ TINY = (8, 1, 8)
 class Maker:
     """Makes the steps, with their arguments."""
 
-    def __init__(self, rank: int, width: int, batch: int, tokens: int) -> None:
+    def __init__(
+        self, rank: int, devices: int, width: int, batch: int, tokens: int
+    ) -> None:
         self.rank, self.key = rank, jax.random.key(0)
         self.shape = batch, tokens, width
         self.layers = [fpipe.Layer(apply, init, name="block")] * BLOCKS
-        self.both = jax.devices()[::2]
+        self.both = jax.devices()[::devices]
         self.params = {}
 
     def __call__(self, schedule: str, checkpoint: str, m: int):
@@ -150,10 +153,12 @@ def alone_of(step):
 def main() -> None:
     options = json.loads(sys.argv[1])
     reply = replies()
-    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_num_cpu_devices", options["devices"])
+    # As many threads as the process has cores. No stage is in both processes.
+    os.environ["PJRT_NPROC"] = "1"
     rank, address = options.pop("rank"), f"127.0.0.1:{options.pop('port')}"
     fpipe.distributed.initialize(address, 2, rank, initialization_timeout=120)
-    barrier = barrier_over(jax.devices()[::2])
+    barrier = barrier_over(jax.devices()[:: options["devices"]])
     reply("jax", jax.__version__)
     serve(reply, Maker(rank, **options), barrier)
 

@@ -196,7 +196,7 @@ def parsed() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
-    pythons = {"jax": sys.executable, "placed": sys.executable}
+    pythons = dict.fromkeys(("jax", "placed", "costs"), sys.executable)
     if not args.no_torch:
         pythons["torch"] = torch_python(args.torch_venv.expanduser(), args.timeout)
     options = {key: getattr(args, key) for key in ("width", "batch", "tokens")}
@@ -204,7 +204,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         versions = {}
         for library, python in pythons.items():
-            workers[library] = Workers(library, python, cores, options, args.timeout)
+            # Of each library one has one device, and that for the costs has two.
+            script = "placed" if library == "costs" else library
+            devices = {"devices": 2 if library == "costs" else 1}
+            given = options | devices if script == "placed" else options
+            workers[library] = Workers(script, python, cores, given, args.timeout)
             versions[" ".join(workers[library].ask()[0])] = None
         print(
             f"{', '.join(versions)}, Python {platform.python_version()}, "
@@ -222,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
             found = measure(rows, workers, args.repeats)
             print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
             print_steps(found, m)
-            print_costs(workers["placed"], args, m)
+            print_costs(workers["costs"], args, m)
             sys.stdout.flush()
     finally:
         for pair in workers.values():

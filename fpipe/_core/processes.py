@@ -195,6 +195,9 @@ def _met(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
         array = jax.make_array_from_process_local_data(
             NamedSharding(mesh, P("process")), given
         )
+        # Between CPUs the program then runs, and waits, in this thread. It would hold
+        # one that sends if its input was not there yet.
+        jax.block_until_ready(array)
         try:
             return np.asarray(_everywhere(mesh)(array))
         except jax.errors.JaxRuntimeError as error:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.cpu_threads import check_enough
 from fpipe._core.errors import warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
 from fpipe._core.processes import own_copy
@@ -122,6 +123,7 @@ class Placed:
         dispatch: Dispatch,
         kept: Recent | None = None,
     ) -> None:
+        check_enough(place.sharding for place in layout.placements)
         self.layout = layout
         # Recordings tell pipes apart by the identity of this object.
         self.owner = layout

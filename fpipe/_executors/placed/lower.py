@@ -22,7 +22,7 @@ Three passes and not one, because each needs the whole result of the one before:
 program reads decides the moves, and a last use is known when all uses are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -265,10 +265,14 @@ def add_moves(
 ) -> list[Run | Move | Copy]:
     """The second pass: moves before the programs that need them, and slots as numbers.
 
-    A move is as late as it can be, right before the first program that needs it. So a
-    copy takes memory on the reader's device only when it is about to be used. A value
-    that is read on three placements has three slots and is moved twice, both times from
-    the placement that made it.
+    A move within a process is as late as it can be, right before the first program that
+    needs it. So a copy takes memory on the reader's device only when it is about to be
+    used. A move to another process is as early as it can be, right after the program
+    that makes what is moved. Between CPUs a send takes a thread that also runs
+    programs: if the next one has been issued first, it runs before the send.
+
+    A value that is read on three placements has three slots and is moved twice, both
+    times from the placement that made it.
 
     Arguments:
         numbers: those of the slots that there are so far; new ones are added. A slot
@@ -277,16 +281,14 @@ def add_moves(
             to be cut for that is cut right after the program that makes it: later, the
             reader would wait for what its maker runs in between.
     """
-    code: list[Run | Move | Copy] = []
-    made_by: dict[int, int] = {}
-    cuts: dict[int, list[Run]] = {}
+    code = _Code()
     for item in work:
         placement = item.placement
         if isinstance(item, CopyWork):
             # Both ends are on one placement, so nothing has to come there.
             ins = tuple(numbers[slot] for slot in item.ins)
             outs = tuple(numbers.setdefault(slot, len(numbers)) for slot in item.outs)
-            code.append(Copy(ins, outs, placement, item.action))
+            code.add(Copy(ins, outs, placement, item.action))
             continue
         # For each copy that is missing here, what it is a copy of. All of them go in
         # one `Move`: one call of `device_put` for a list costs less than one for each.
@@ -298,7 +300,6 @@ def add_moves(
             # and another one here, where the first one brings it.
             if here not in numbers and slot != here:
                 copies.setdefault(here, slot)
-        moves: list[Move] = []
         for group in _together(copies, placement):
             sendings: list[Sending] = []
             sources: list[int] = []
@@ -313,9 +314,7 @@ def add_moves(
                     continue
                 cut = _cut(slot, to, numbers)
                 sources += cut.outs
-                # An input has no maker in this code.
-                maker = made_by.get(numbers[slot], len(code) - 1)
-                cuts.setdefault(maker, []).append(cut)
+                code.add_after(cut.ins, cut)
             for here in group:
                 numbers[here] = len(numbers)
             move = Move(
@@ -325,14 +324,16 @@ def add_moves(
                 tuple(sendings),
                 crosses=_crosses(next(iter(group.values())).placement, placement),
             )
-            moves.append(move)
+            if move.crosses:
+                code.add_after([numbers[slot] for slot in group.values()], move)
+            else:
+                code.add(move)
         for slot in item.outs:
             numbers[slot] = len(numbers)
         parts = item.parts or ((item,) if item.action is not None else ())
         for part in parts:
             for slot in part.outs:
                 numbers.setdefault(slot, len(numbers))
-        code += moves
         call = item.call
         if call is not None:
             if not item.ins and placement.mesh is None:
@@ -349,14 +350,44 @@ def add_moves(
                 calls_host=item.calls_host,
                 donates=tuple(numbers[slot] for slot in item.donates),
             )
-            made_by.update(dict.fromkeys(run.outs, len(code)))
-            code.append(run)
-    if not cuts:
-        return code
-    with_cuts: list[Run | Move | Copy] = [*cuts.get(-1, ())]
-    for n, entry in enumerate(code):
-        with_cuts += [entry, *cuts.get(n, ())]
-    return with_cuts
+            code.add(run)
+    return code.whole()
+
+
+class _Code:
+    """Instructions in the making. Some of them follow what was added long before."""
+
+    def __init__(self) -> None:
+        self.entries: list[Run | Move | Copy] = []
+        # By slot, the number of the entry that makes it.
+        self.made_by: dict[int, int] = {}
+        # By the number of an entry, what comes right after it.
+        self.following: dict[int, list[Run | Move]] = {}
+
+    def add(self, entry: Run | Move | Copy) -> None:
+        """Add an instruction at the end."""
+        self.made_by.update(dict.fromkeys(entry.outs, len(self.entries)))
+        self.entries.append(entry)
+
+    def add_after(self, slots: Iterable[int], entry: Run | Move) -> None:
+        """Add an instruction as soon as there is what is in some slots, or at the end,
+        if that is there before anything runs.
+        """
+        makers = [self.made_by.get(slot, -1) for slot in slots]
+        if -1 in makers:
+            self.add(entry)
+        else:
+            self.following.setdefault(max(makers), []).append(entry)
+
+    def whole(self) -> list[Run | Move | Copy]:
+        """All instructions in their order."""
+        if not self.following:
+            return self.entries
+        return [
+            each
+            for number, entry in enumerate(self.entries)
+            for each in (entry, *self.following.get(number, ()))
+        ]
 
 
 def _part(item: Work, numbers: Mapping[Slot, int]) -> Part:
