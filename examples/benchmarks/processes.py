@@ -20,8 +20,11 @@ each other (memory, clock rate, threads of one core); the share of 5 shows that.
 bound of a pipe is the time of its stages alone, 6, times `(m + 1) / m`: at the start
 and at the end of a step one of the two waits. `of bound` is this over the time of the
 pipe. `over torch` is the time over that of torch's fastest pipeline. `CPU s` is the CPU
-time of all threads of both processes, and `faults` are their page faults. Then come,
-for each `m`:
+time of all threads of both processes, and `faults` are their page faults.
+
+The processes of JAX have a thread for their one core (`PJRT_NPROC=1`), and keep the
+memory of freed arrays, as `fpipe.distributed.initialize` sets it. Then come, for each
+`m`:
 
 - the time of one transfer of a boundary, from its start to its arrival, while nothing
   else runs;
@@ -196,7 +199,8 @@ def parsed() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
-    pythons = dict.fromkeys(("jax", "placed", "costs"), sys.executable)
+    libraries: list[str] = ["jax", "placed", "costs"]
+    pythons = dict.fromkeys(libraries, sys.executable)
     if not args.no_torch:
         pythons["torch"] = torch_python(args.torch_venv.expanduser(), args.timeout)
     options = {key: getattr(args, key) for key in ("width", "batch", "tokens")}
@@ -204,10 +208,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         versions = {}
         for library, python in pythons.items():
-            # Of each library one has one device, and that for the costs has two.
+            # The placed steps have one device in each process, and the costs of a pipe
+            # in one process need two.
             script = "placed" if library == "costs" else library
-            devices = {"devices": 2 if library == "costs" else 1}
-            given = options | devices if script == "placed" else options
+            given = dict(options)
+            if script == "placed":
+                given["devices"] = 2 if library == "costs" else 1
             workers[library] = Workers(script, python, cores, given, args.timeout)
             versions[" ".join(workers[library].ask()[0])] = None
         print(
@@ -218,8 +224,6 @@ def run(args: argparse.Namespace) -> None:
             f"float32; medians of {args.repeats} alternating rounds",
             flush=True,
         )
-        memory = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
-        print(" ".join(f"{k}={v}" for k, v in memory.items()) or "no MALLOC_ settings")
         for m in args.microbatches:
             rows = step_rows(args, m)
             warm_up(rows, workers)

@@ -8,8 +8,8 @@ stages in common, or an error that says so. With two processes of one core each:
     2                       2                     7
 
 More threads than cores cost time, because XLA divides a large operation among all of
-them. A step of small transformer blocks on one core took a third longer with seven
-threads than with one (measured on jax 0.10.2).
+them. Stages of small transformer blocks took a third to a half longer on one core with
+seven threads than with one (measured on jax 0.10.2).
 """
 
 import os

@@ -22,11 +22,11 @@ def keep_freed() -> bool:
 
     - No memory is taken by `mmap`, which would give it back at once.
     - The heap does not shrink, however much of its end is free.
-    - All threads share one heap. The heap of a thread of its own gives memory back
-      whatever the other two say.
+    - All threads share one heap. A thread's own heap would give memory back whatever
+      the other two say.
 
-    It is called before there are threads: they keep the heaps that they have. Nothing is done without
-    glibc, or if the environment has a setting of glibc's memory.
+    It is called before there are threads: they keep the heaps that they have. Nothing
+    is done without glibc, or if the environment has a setting of glibc's memory.
 
     Returns:
         Whether it does.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
-from fpipe._executors.placed import instructions
+from fpipe._executors.placed import instructions, lower
 from fpipe._executors.placed.instructions import Free, Move, Run
 from fpipe.schedules import Costs, simulate
 from tests.executors.helpers import observing, plan_of
@@ -62,6 +62,54 @@ def test_value_and_grad_issues_what_the_schedule_says(schedule):
     assert (
         by_device(pipe.make_schedule(8), actions(step)) == pipe.make_schedule(8).actions
     )
+
+
+@pytest.mark.parametrize("model", ["plain", "jump2"])
+def test_what_goes_to_another_process_goes_when_it_is_made(monkeypatch, model):
+    """Each device as a process of its own: nothing runs between a program and the moves
+    of what it makes.
+    """
+    plans = []
+    for crosses in (False, True):
+        with monkeypatch.context() as patch:
+            if crosses:
+                patch.setattr(lower, "_crosses", lambda source, target: True)
+            case = Case(models()[model], 8)
+            pipe = fpipe.Pipe(models()[model], [1, 1, 1, 1], chunks=8)
+            pipe.plan(case.params(), case.x, case.target, loss_fn=mse)
+        plans.append(plan_of(pipe))
+    late, early = plans
+    # The same programs, in one order, and the same moves.
+    actions = [
+        [item.actions for item in plan.instructions if isinstance(item, Run)]
+        for plan in plans
+    ]
+    assert actions[0] == actions[1]
+    moved = [
+        {
+            plan.slots[slot]
+            for item in plan.instructions
+            if isinstance(item, Move)
+            for slot in item.outs
+        }
+        for plan in plans
+    ]
+    assert moved[0] == moved[1] != set()
+
+    def programs_between(plan):
+        """How many run between the program that makes an array and its move."""
+        counts, made = [], {}
+        ran = 0
+        for item in plan.instructions:
+            if isinstance(item, Run):
+                ran += 1
+                made.update(dict.fromkeys(item.outs, ran))
+            elif isinstance(item, Move):
+                counts.append(ran - max(made[slot] for slot in item.ins))
+        return counts
+
+    assert set(programs_between(early)) == {0}
+    assert max(programs_between(late)) > 0
 
 
 def test_a_hand_written_schedule_is_obeyed():
