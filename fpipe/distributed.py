@@ -52,7 +52,7 @@ def initialize(
     """Join the other processes: `jax.distributed.initialize`, and what a pipe needs.
 
     Call it before anything uses a device, and after `jax_num_cpu_devices` is set.
-    Besides joining, it does six things:
+    Besides joining, it does seven things:
 
     - It makes CPUs use gloo for collectives.
     - It gives this process an address for transfers between CPUs.
@@ -64,6 +64,9 @@ def initialize(
       there are CPUs alone (`JAX_PLATFORMS=cpu`) and you have set nothing of glibc's
       memory (`MALLOC_...`, `GLIBC_TUNABLES`) in the environment. The process then keeps
       the most memory that it has ever used.
+    - It gives this thread, and those that it starts, the policy `SCHED_BATCH` of Linux,
+      under the same condition, if they have the usual one: a thread that wakes up does
+      not take the core from another one of this process.
     - It starts a watchdog, which ends this process if another process does not send
       what a placed pipe waits for, or what `watched` is told of.
     - If the script raises an exception, it ends this process. An ordinary exit would
@@ -102,8 +105,9 @@ def initialize(
     address = None if given is None else _checked(given)
     settings: Any = jax.config
     if settings.jax_platforms == "cpu":
-        # Before the threads of `jax.distributed` take heaps of their own.
+        # Before there are the threads of `jax.distributed`.
         heap.keep_freed()
+        cpu_threads.run_without_preemption()
     jax.distributed.initialize(
         coordinator_address, num_processes, process_id, **options
     )

@@ -137,6 +137,14 @@ def small_heap(last_clearing):
 
 
 @pytest.fixture
+def own_heap():
+    """`gc.collect()` walks over what the test makes, not over millions of objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
 def interruptible():
     """Ctrl-C reaches the test, and the programs that it starts, also where the tests
     run in a background that ignores it.

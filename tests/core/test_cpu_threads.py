@@ -1,6 +1,7 @@
 """The threads of XLA's CPU client."""
 
 import os
+import threading
 import types
 
 import jax
@@ -57,6 +58,39 @@ def test_devices_are_counted_before_jax_starts(monkeypatch, setting, flags, devi
     flag = "--xla_force_host_platform_device_count="
     monkeypatch.setenv("XLA_FLAGS", flags and flag + flags.format(flag))
     assert cpu_threads._devices() == devices
+
+
+def policies(first):
+    """The policies of a thread that begins with one, after it does not want to be
+    preempted, and of one that it starts then.
+    """
+    found = []
+
+    def look():
+        found.append(os.sched_getscheduler(0))
+
+    def work():
+        os.sched_setscheduler(0, first, os.sched_param(0))
+        cpu_threads.run_without_preemption()
+        look()
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found
+
+
+def test_a_thread_that_wakes_up_waits_for_the_one_that_runs(monkeypatch):
+    own = os.sched_getscheduler(0)
+    assert policies(os.SCHED_OTHER) == [os.SCHED_BATCH] * 2
+    # What a user has chosen stays, and other threads are as they were.
+    assert policies(os.SCHED_IDLE) == [os.SCHED_IDLE] * 2
+    assert os.sched_getscheduler(0) == own
+    monkeypatch.delattr(os, "sched_getscheduler")
+    cpu_threads.run_without_preemption()  # another system
 
 
 def test_stages_in_several_processes_need_enough(machine, monkeypatch):

@@ -165,6 +165,7 @@ def left():
 @pytest.mark.quick(cases=2)
 @pytest.mark.usefixtures("watchdog", "unlogged")
 @pytest.mark.parametrize(("mode", "schedule"), in_turn(MODES, ["zb_h1", "1f1b"]))
+@pytest.mark.usefixtures("own_heap")
 def test_an_exception_anywhere_is_the_users_and_says_where(mode, schedule):
     """In every layer, microbatch and kind of action. Under scan on CPU the other
     devices waited for 40 s, and the process was ended.

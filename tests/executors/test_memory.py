@@ -150,6 +150,7 @@ def step_of(name):
 
 
 @pytest.mark.parametrize("name", ["nested", "stateful", "dropout", "tied"])
+@pytest.mark.usefixtures("own_heap")
 def test_after_fifty_steps_as_many_arrays_are_alive_as_after_two(name):
     pipe, params, step = step_of(name)
 
@@ -234,6 +235,7 @@ def test_each_layer_is_traced_once_per_shape():
     assert traces == [(3, 2), (1, 2)]
 
 
+@pytest.mark.usefixtures("own_heap")
 def test_a_new_loss_function_at_each_step_costs_bounded_memory(monkeypatch):
     monkeypatch.setattr("fpipe._executors.placed.executor._PLANS", 3)
     pipe = fpipe.Pipe([fpipe.fn(jnp.sin)], [1])
@@ -270,6 +272,7 @@ def test_the_plan_in_use_outlives_a_stream_of_others(monkeypatch):
     assert len(traces) == 1
 
 
+@pytest.mark.usefixtures("own_heap")
 def test_a_dropped_pipe_and_its_parameters_are_collected():
     pipe, params, step = step_of("nested")
     step()
@@ -279,6 +282,7 @@ def test_a_dropped_pipe_and_its_parameters_are_collected():
     assert [ref() for ref in alive] == [None, None]
 
 
+@pytest.mark.usefixtures("own_heap")
 def test_a_pull_back_keeps_only_what_it_reads():
     """The output is dropped by the caller, and then it is gone."""
     pipe = fpipe.Pipe(

@@ -617,6 +617,7 @@ def test_ctrl_c_in_a_recorded_call_ends_it_and_no_thread_is_left():
     assert len(pipe.record(step, params, X)[1].events) == 2 * 3 * M
 
 
+@pytest.mark.usefixtures("own_heap")
 def test_nothing_is_kept_alive():
     case = Case(models()["nested"], 3)
     pipe = fpipe.Pipe(case.layers, [1, 1, 3], chunks=3, schedule="1f1b")

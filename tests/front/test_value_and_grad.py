@@ -336,6 +336,7 @@ def test_parameters_are_made_where_they_live(executor):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.usefixtures("own_heap")
 def test_no_device_holds_more_than_its_own_parameters(executor):
     """Not while they are made either: each array looks at what is alive by then."""
     held = []

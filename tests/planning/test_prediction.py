@@ -196,6 +196,7 @@ def test_work_is_that_of_the_products_and_time_that_of_the_simulation():
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
+@pytest.mark.usefixtures("own_heap")
 def test_a_plan_from_shapes_allocates_and_compiles_nothing(executor):
     pipe = fpipe.Pipe(
         [dense(), counter(), dropout(), dense()], [1, 1, 2], chunks=4, executor=executor

@@ -484,6 +484,7 @@ def test_no_thread_outlives_a_call_and_there_is_one_for_each_device_meanwhile():
 
 
 @pytest.mark.parametrize("model", ["nested", "stateful", "tied"])
+@pytest.mark.usefixtures("own_heap")
 def test_after_twenty_steps_as_many_arrays_are_alive_as_after_two(model):
     case = Case(models()[model], 3)
     pipe = in_threads(case.layers, [1, 1, len(case.layers) - 2], "eager_1f1b")
@@ -504,6 +505,7 @@ def test_after_twenty_steps_as_many_arrays_are_alive_as_after_two(model):
     assert train(2) == train(20)
 
 
+@pytest.mark.usefixtures("own_heap")
 def test_after_an_exception_nothing_of_the_call_is_alive(caplog):
     caplog.set_level(
         logging.CRITICAL + 1, "jax._src.callback"
@@ -523,6 +525,7 @@ def test_after_an_exception_nothing_of_the_call_is_alive(caplog):
     assert [fail(("F", 2, 1)), fail(("W", 1, 2)), fail(("F", 2, 1))] == [first] * 3
 
 
+@pytest.mark.usefixtures("own_heap")
 def test_a_dropped_pipe_and_its_parameters_are_collected():
     host = Host()
     pipe = host.pipe("1f1b")

@@ -126,6 +126,7 @@ def bytes_on(array, device):
         ("interleaved_1f1b", "never", {"offload": 3}),
     ],
 )
+@pytest.mark.usefixtures("own_heap")
 def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     schedule, checkpoint, options
 ):
@@ -179,6 +180,7 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
         ("data", "always", None, "step", {"recompute": "early", "offload": 1}),
     ],
 )
+@pytest.mark.usefixtures("own_heap")
 def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(
     axis, checkpoint, spec, unshard, options
 ):
