@@ -64,9 +64,10 @@ def initialize(
       there are CPUs alone (`JAX_PLATFORMS=cpu`) and you have set nothing of glibc's
       memory (`MALLOC_...`, `GLIBC_TUNABLES`) in the environment. The process then keeps
       the most memory that it has ever used.
-    - It gives this thread, and those that it starts, the policy `SCHED_BATCH` of Linux,
-      under the same condition, if they have the usual one: a thread that wakes up does
-      not take the core from another one of this process.
+    - It gives this thread the policy `SCHED_BATCH` of Linux, if JAX is told that there
+      are CPUs alone, and the thread has the usual policy: a thread that wakes up does
+      not take the core from another one of this process. Threads and processes that
+      this thread starts have it too.
     - It starts a watchdog, which ends this process if another process does not send
       what a placed pipe waits for, or what `watched` is told of.
     - If the script raises an exception, it ends this process. An ordinary exit would

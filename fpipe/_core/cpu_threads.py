@@ -36,7 +36,8 @@ def ensure_enough() -> None:
 
 def run_without_preemption() -> None:
     """A thread of this process that wakes up waits until another one of its core waits,
-    or has had its turn. For this thread, and for those that it starts from now on.
+    or has had its turn. For this thread, and for the threads and processes that it
+    starts from now on.
 
     The thread of gloo that has woken up asks for news of a connection again and again
     while another thread holds its lock. If it has taken the core from that thread, it
