@@ -4,7 +4,6 @@ A pipe over both processes uses the first device of each.
 """
 
 import json
-import os
 import sys
 import unittest.mock
 
@@ -154,8 +153,6 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     reply = replies()
     jax.config.update("jax_num_cpu_devices", options["devices"])
-    # As many threads as the process has cores. No stage is in both processes.
-    os.environ["PJRT_NPROC"] = "1"
     rank, address = options.pop("rank"), f"127.0.0.1:{options.pop('port')}"
     fpipe.distributed.initialize(address, 2, rank, initialization_timeout=120)
     barrier = barrier_over(jax.devices()[:: options["devices"]])

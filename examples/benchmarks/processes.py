@@ -199,23 +199,26 @@ def parsed() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
-    libraries: list[str] = ["jax", "placed", "costs"]
-    pythons = dict.fromkeys(libraries, sys.executable)
-    if not args.no_torch:
-        pythons["torch"] = torch_python(args.torch_venv.expanduser(), args.timeout)
     options = {key: getattr(args, key) for key in ("width", "batch", "tokens")}
+    # The placed steps have one device in each process, and the costs of a pipe in one
+    # process need two.
+    given = {
+        "jax": options,
+        "placed": options | {"devices": 1},
+        "costs": options | {"devices": 2},
+    }
+    scripts = {"costs": "placed"}
+    pythons: dict[str, str] = dict.fromkeys(given, sys.executable)
+    if not args.no_torch:
+        given["torch"] = options
+        pythons["torch"] = torch_python(args.torch_venv.expanduser(), args.timeout)
     workers: dict[str, Workers] = {}
     try:
         versions = {}
-        for library, python in pythons.items():
-            # The placed steps have one device in each process, and the costs of a pipe
-            # in one process need two.
-            script = "placed" if library == "costs" else library
-            given = dict(options)
-            if script == "placed":
-                given["devices"] = 2 if library == "costs" else 1
-            workers[library] = Workers(script, python, cores, given, args.timeout)
-            versions[" ".join(workers[library].ask()[0])] = None
+        for name, python in pythons.items():
+            script = scripts.get(name, name)
+            workers[name] = Workers(script, python, cores, given[name], args.timeout)
+            versions[" ".join(workers[name].ask()[0])] = None
         print(
             f"{', '.join(versions)}, Python {platform.python_version()}, "
             f"{cpu_model()}, {os.cpu_count()} cores, workers on "

@@ -33,8 +33,10 @@ cores at the same time: what they share (caches, memory) makes each slower.
 `half_in_both` on both cores at the same time: what XLA makes of a stage.
 `stage_alone_gpipe` is half of the model on each core at the same time, as a pipeline of
 one stage: the programs of a stage, with residuals that wait in pools, and nothing that
-is sent. The speed-up of these rows is what a pipeline of two such stages would reach if
-sending cost nothing. `of alone` is the share of it that the pipeline reaches.
+is sent. `unsent_gpipe` is the pipeline itself without its transfers: each process goes
+on with what it has, so its results are wrong, but its work is the same. The speed-up of
+these rows is what a pipeline of two such stages would reach if sending cost nothing.
+`of alone` is the share of the stage's that the pipeline reaches.
 
 The defaults are the large size; the small one is `--width 128 --tokens 64`; `--quick`
 only shows that everything runs.
@@ -65,9 +67,10 @@ TORCH = "2.13.0"
 SCHEDULES = ("gpipe", "eager_1f1b", "interleaved_1f1b")
 TORCH_SCHEDULES = ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleavedZeroBubble")
 # Rows of what runs without a pipeline. The unpipelined step on both cores at the same
-# time; the same of half of the model, on one core and on both; and one stage on both,
-# with its residuals in pools as a schedule of one device has them.
-IN_BOTH, ALONE = "in_both", "stage_alone_"
+# time; the same of half of the model, on one core and on both; one stage on both, with
+# its residuals in pools as a schedule of one device has them; and a pipeline on both
+# that sends nothing.
+IN_BOTH, ALONE, UNSENT = "in_both", "stage_alone_", "unsent_"
 HALF_IN_ONE, HALF_IN_BOTH = "half_in_one", "half_in_both"
 HALVES = (HALF_IN_ONE, HALF_IN_BOTH)
 INTERLEAVED = ("interleaved_1f1b", "ScheduleInterleavedZeroBubble")
@@ -150,12 +153,13 @@ class Workers:
         self.processes: list[subprocess.Popen[str]] = []
         self.errors = [tempfile.TemporaryFile() for _ in cores]  # noqa: SIM115
         everywhere = os.sched_getaffinity(0)
-        env = os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+        # As many threads as the process has cores. No stage is in both processes.
+        threads = {"OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}
+        env = os.environ | threads | {"JAX_PLATFORMS": "cpu"}
         if library == "torch":
             env.pop("PYTHONPATH", None)  # that is for the other environment
-            env["GLOO_SOCKET_IFNAME"] = (
-                "lo"  # a host's name may lead to an address that does not answer
-            )
+            # A host's name may lead to an address that does not answer.
+            env["GLOO_SOCKET_IFNAME"] = "lo"
         port = free_port()
         for rank, core in enumerate(cores):
             given = json.dumps(options | {"rank": rank, "port": port})
@@ -308,10 +312,14 @@ class Took:
 
 def all_rows(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
+    of_one_stage = [f"{ALONE}gpipe", f"{ALONE}eager_1f1b"]
+    # With two stages for each process half of the model is not one stage.
+    of_halves = [name for name in args.schedules if name not in INTERLEAVED]
+    of_no_transfers = [UNSENT + name for name in of_halves]
     for m in args.microbatches:
         for checkpoint in args.checkpoints:
             alone = (
-                (IN_BOTH, *HALVES, f"{ALONE}gpipe", f"{ALONE}eager_1f1b")
+                (IN_BOTH, *HALVES, *of_one_stage, *of_no_transfers)
                 if args.alone
                 else ()
             )
@@ -324,6 +332,11 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
                 ("torch", schedule, "never", m) for schedule in ("", *TORCH_SCHEDULES)
             ]
     return rows
+
+
+def sends_nothing(schedule: str) -> bool:
+    """Whether what a row runs is half of a model in each process, by itself."""
+    return schedule in HALVES or schedule.startswith((ALONE, UNSENT))
 
 
 def name_of(row: Row) -> str:
@@ -343,8 +356,7 @@ def without_a_pipe(schedule: str, m: int) -> float:
     if schedule == IN_BOTH:
         return ideal(schedule, m)
     # Half of the model takes half of the time.
-    is_half = schedule.startswith(ALONE) or schedule in HALVES
-    return ideal(schedule, m) / 2 if is_half else 1.0
+    return ideal(schedule, m) / 2 if sends_nothing(schedule) else 1.0
 
 
 def of_alone(own: Took, alone: Took | None, top: float) -> str:
@@ -370,7 +382,7 @@ def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
             flush=True,
         )
         got = [float(word) for word in workers[library].ask(f"warm {name_of(row)}")[0]]
-        if row[1].startswith(ALONE) or row[1] in HALVES:
+        if sends_nothing(row[1]):
             continue  # half of the model
         model = "torch" if library == "torch" else "jax"
         expected = want.setdefault(model, got)

@@ -38,6 +38,7 @@ from fpipe._core.processes import (
     processes_of,
     put_across,
 )
+from fpipe._core.pytrees import is_traced
 from fpipe._core.watchdog import Describe
 
 Index: TypeAlias = tuple[tuple[int, int], ...]
@@ -332,6 +333,10 @@ def bring(arrays: Sequence[Any], targets: Sequence[Sharding]) -> list[Any]:
     sent: list[int] = []
     put: list[int] = []
     for n, (array, target) in enumerate(zip(arrays, targets, strict=True)):
+        # In a trace nothing lies anywhere yet.
+        if is_traced(array):
+            put.append(n)
+            continue
         # What is on the host is made, so that nobody waits in a `device_put`, and over
         # the same devices that is a program.
         source = array.sharding if isinstance(array, jax.Array) else None

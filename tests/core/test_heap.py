@@ -8,6 +8,8 @@ SCRIPT = """
 import os, resource
 from fpipe._core import heap
 
+for name in [name for name in os.environ if name.startswith(heap._OWN)]:
+    del os.environ[name]
 {setting}
 kept = heap.keep_freed()
 faults = []

@@ -98,7 +98,8 @@ def test_the_benchmark_of_two_processes_runs():
     done = run("examples/benchmarks/two_processes.py", *flags)
     assert done.returncode == 0, done.stderr
     of_alone = {"eager_1f1b": r" +\d+%"}
-    for row in ("eager_1f1b", "in_both", "half_in_both", "stage_alone_gpipe"):
+    alone = "in_both", "half_in_both", "stage_alone_gpipe", "unsent_eager_1f1b"
+    for row in ("eager_1f1b", *alone):
         # Then its share, CPU seconds, page faults and the share of a stage alone.
         line = rf"^jax {row} +\d\S+ +\d\S+ +1\.60 +\d+% +\d\S+ +\d+"
         line += of_alone.get(row, "") + "$"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 from tests.executors.cut_layers import FULLY_SHARDED, WIDE
-from tests.helpers import assert_same, dense, mse, noise
+from tests.helpers import assert_same, counter, dense, mse, noise
 from tests.scripts import run
 
 DATA = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "data"))
@@ -57,3 +58,19 @@ def test_deferred_batch_norm_of_rows_that_devices_share(executor):
     (loss, after), grads = step(pipe.place(params), x, x, **needs)
     got = (loss, pipe.gather_state(after)), pipe.gather(grads)
     assert_same(got, plain.value_and_grad(mse)(params, x, x, **needs))
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_shapes_of_what_is_made_and_placed(executor):
+    pipe = fpipe.Pipe([dense(), counter()], chunks=2, mesh=DATA, executor=executor)
+    x, key = jnp.zeros((8, 4)), jax.random.key(0)
+    params = pipe.init(key, x)
+    whole = pipe.gather(params)
+    for make, given, made in [
+        (pipe.init, (key, x), params),
+        (pipe.init_state, (x,), pipe.init_state(x)),
+        (pipe.place, (whole,), params),
+        (pipe.gather, (params,), whole),
+    ]:
+        shapes = jax.eval_shape(make, *given)
+        chex.assert_trees_all_equal_shapes_and_dtypes(shapes, made)

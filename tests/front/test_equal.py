@@ -132,22 +132,25 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
         others = [other for other in range(len(names)) if other != column]
         return np.sum([missing[column, c][:, row[c]] for c in others], axis=0)
 
+    def improved(row, column):
+        """The row with the value in one column that gains most, if any gains more."""
+        gained = gains(row, column)
+        for value in np.argsort(-gained, kind="stable"):
+            if gained[value] <= gained[row[column]]:
+                break
+            other = [*row[:column], int(value), *row[column + 1 :]]
+            if is_row(*other):
+                return other
+        return row
+
     def climbed(row, fixed):
         """The row, changed as long as that brings more."""
-        changed = True
-        while changed:
-            changed = False
+        before = None
+        while row != before:
+            before = row
             for column in rng.permutation(len(names)):
-                if column in fixed:
-                    continue
-                gained = gains(row, column)
-                for value in np.argsort(-gained, kind="stable"):
-                    if gained[value] <= gained[row[column]]:
-                        break
-                    other = [*row[:column], int(value), *row[column + 1 :]]
-                    if is_row(*other):
-                        row, changed = other, True
-                        break
+                if column not in fixed:
+                    row = improved(row, column)
         return row
 
     rows = []

@@ -573,7 +573,7 @@ class CallWork:
                     sizes = (placement.parts, *sizes)
                 # The new value of a state is a maximum, and nothing is less than this.
                 start = -jnp.inf if value.leaf.port.kind == "state" else 0
-                starts.append(Start(sizes, start, sum_dtype(shape.dtype)))
+                starts.append(_Start(sizes, start, sum_dtype(shape.dtype)))
                 slot = Slot(StartedSum(value.leaf, stage), placement, "gradients")
                 self.sums[stage, value.leaf] = slot
                 outs.append(slot)
@@ -583,11 +583,11 @@ class CallWork:
                 )
 
         if outs:
-            zeros = zeros_of(tuple(starts))
+            zeros = _zeros_of(tuple(starts))
             self.add_unscheduled("zeros", zeros, [], outs, placement, lie)
 
 
-class Start(NamedTuple):
+class _Start(NamedTuple):
     """What a sum starts from: an array full of one number."""
 
     shape: tuple[int, ...]
@@ -596,7 +596,7 @@ class Start(NamedTuple):
 
 
 @functools.lru_cache(256)
-def zeros_of(starts: tuple[Start, ...]) -> Callable[[], list[jax.Array]]:
+def _zeros_of(starts: tuple[_Start, ...]) -> Callable[[], list[jax.Array]]:
     """The function that makes what some sums start from."""
 
     # JAX compiles a function once. Stages, calls and pipes with equal parameters get
