@@ -28,6 +28,11 @@ def keep_freed() -> bool:
     It is called before there are threads: they keep the heaps that they have. Nothing
     is done without glibc, or if the environment has a setting of glibc's memory.
 
+    One heap has a price. Compilation leaves holes in it, among which glibc has to find
+    the place of each block that is freed. Measured on two cores: a step of small arrays
+    took a tenth longer, one of large arrays, which heaps of threads do not keep, 8 to
+    19 % less.
+
     Returns:
         Whether it does.
     """
