@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fpipe
+import fpipe.optim
 from tests.helpers import (
     WIDTH,
     Case,
@@ -32,6 +33,11 @@ REFERENCE, PARAMS = CASE.reference, CASE.params()
 
 
 PER_LAYER = "a tuple with one entry per layer is needed, 2 in all, got"
+DELETED = (
+    "a Pipe was called with params that are deleted: an earlier call consumed them "
+    '(`donate=["params"]`, `place(params, donate=True)`, or the `donate_argnums` of a '
+    "`jax.jit`); take the params that it returned"
+)
 NO_PAIR = 'with reduction="weighted" returns `(sum, weight)`, got float32[]'
 
 
@@ -1701,3 +1707,22 @@ def test_a_user_may_donate_the_parameters_of_each_step_to_the_next(devices, chun
     assert_same(params, want)
     np.testing.assert_array_equal(x, case.x)
     np.testing.assert_array_equal(target, case.target)
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_parameters_that_were_donated_are_refused(executor):
+    pipe = fresh(executor=executor)
+    step = pipe.value_and_grad(mse)
+    params = pipe.place(PARAMS)
+    _, grads = step(params, X, TARGET)
+    after = fpipe.optim.apply_updates(params, grads, donate=["params"])
+    for call in [
+        lambda: pipe(params, X),
+        lambda: step(params, X, TARGET),
+        lambda: jax.grad(lambda x: pipe(params, x).sum())(X),
+    ]:
+        with raises(ValueError, DELETED):
+            call()
+    # The new ones are as good as before, and a trace has nothing that is deleted.
+    assert np.isfinite(step(after, X, TARGET)[0])
+    jax.eval_shape(step, after, X, TARGET)

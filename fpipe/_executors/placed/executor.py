@@ -58,6 +58,7 @@ from fpipe._executors.request import (
     inputs_of,
     numbered_leaves,
     params_leaves,
+    refuse_deleted,
     schedule_of,
     unmade_states,
     wanted_leaves,
@@ -342,6 +343,7 @@ class Placed:
             refuse_shapes([a for arrays, _ in packs.values() for a in arrays])
         bound = self._find(kind, args, loss, asked, flat_params, packs)
         check_consumed(args)
+        refuse_deleted(params)
         # The key of a plan has no shardings in it, because another sharding of the
         # right device (a mesh of one) must find the same plan. So they are compared
         # here, and only if one differs, all parameters are looked at closely.

@@ -52,6 +52,7 @@ from fpipe._executors.request import (
     check_static,
     inputs_of,
     numbered_leaves,
+    refuse_deleted,
     schedule_of,
     unmade_states,
     wanted_leaves,
@@ -415,6 +416,7 @@ class Scan:
         state = [] if args.state is None else pack(tuple(args.state))[0]
         inputs = args.inputs
         given = {Port(name): self.bring(pack(inputs[name])[0]) for name in INPUTS}
+        refuse_deleted(args.params.arrays)
         self.parameters.check_devices(args.params.arrays, "a call's params")
         rows = []
         for row, array in zip(
