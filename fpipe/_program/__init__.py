@@ -15,6 +15,7 @@ each a list of equations with names for what goes in and out.
     control_flow    what goes on inside of loops and branches
     retracing       loops, branches and calls with other equations in them
     row_sums        weight gradients as sums over each device's rows
+    products        weight gradients without a transpose
     whole_axes      equations that move numbers along an axis which devices share
 
 A stage is cut as a graph, not by `jax.vjp` in one program and its pull-back in another:

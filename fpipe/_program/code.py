@@ -31,6 +31,7 @@ from fpipe._model.stages import Leaf
 from fpipe._program.graph import Bind, Graph, Node, bind, evaluate
 from fpipe._program.host_calls import Failures, Guard, Logged, evaluate_guarded
 from fpipe._program.identity import identity
+from fpipe._program.products import exchange_products
 
 # --- what a program takes and returns ---
 
@@ -293,6 +294,7 @@ class Code:
                     window.cut(array, index) if cut is None else cut(n, array, index)
                 )
             given[v] = given[v] + piece if v in given else piece
+        bind = exchange_products(self.nodes, wanted, bind)
         if self.guard is None:
             return evaluate(self.graph, self.nodes, given, wanted, bind)
         return evaluate_guarded(

@@ -20,6 +20,8 @@ from fpipe._program.graph import Graph, Node, bind, inline
 
 Function: TypeAlias = Callable[..., Sequence[Any]]
 
+_CALLS_WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
+
 
 def retrace(
     node: Node, inputs: Sequence[Any], function: Callable[[Graph], Function]
@@ -39,14 +41,21 @@ def retrace(
         return jax.lax.switch(number, [function(body) for body in node.bodies], *rest)
     if is_remat(node):
         # The barrier is what keeps a recomputation from being found equal to what the
-        # forward has computed.
-        inputs = jax.lax.optimization_barrier(list(inputs))
+        # forward has computed. A checkpoint of a forward recomputes nothing.
+        params = node.eqn.params
+        if params["prevent_cse"] and params.get("differentiated", True):
+            inputs = jax.lax.optimization_barrier(list(inputs))
         return function(node.bodies[0])(*inputs)
-    if node.name in ("custom_jvp_call", "custom_vjp_call"):
+    if node.name in _CALLS_WITH_RULES:
         # Nothing is differentiated any more.
         return function(node.bodies[0])(*inputs)
     # Anything else that has a body: a `shard_map`, a kernel.
     return bind(node, inputs)
+
+
+def is_retraced(node: Node) -> bool:
+    """Whether the bodies of an equation are traced anew."""
+    return node.name in ("scan", "while", "cond", *_CALLS_WITH_RULES) or is_remat(node)
 
 
 def _scan(

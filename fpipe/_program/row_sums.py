@@ -8,13 +8,17 @@ alone; its parts are added up once, after the last microbatch. This is exact: a
 contraction over rows is the sum of the contractions over parts of them, whatever the
 equations before it compute.
 
-For a dense layer's gradient, `transpose(dot_general(dy, x))` with the rows on axis 0 of
-both, `find_row_sum` gives
+For a dense layer's gradient, `2 * transpose(dot_general(dy, x))` with the rows on axis
+0 of both, `find_row_sum` gives
 
-    LinearMap(transpose, operand=0, argument=Contraction(dot_general, row_axes=(0, 0)))
+    LinearMap(
+        mul,
+        operand=1,
+        argument=Contraction(dot_general, row_axes=(0, 0), exchanged=True),
+    )
 
 and `sum_rows_apart` of it, on 4 devices with 2 rows each, an array with one axis more,
-of 4 parts: `transpose(dot_general(dy[0:2], x[0:2]))`, and so on.
+of 4 parts: `2 * dot_general(x[0:2], dy[0:2])`, and so on.
 """
 
 import dataclasses
@@ -27,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._model.specs import axes_in, without_axes
 from fpipe._program.graph import Graph, Node, bind, is_zero
+from fpipe._program.products import bind_exchanged, is_exchange
 
 # Equations of one array that commute with a sum over parts. (A cast to fewer bits does
 # so up to rounding: the parts are rounded, not their sum.)
@@ -49,10 +54,12 @@ class Contraction:
 
     Attributes:
         row_axes: the axis of each operand's rows, `None` if it has none.
+        exchanged: whether it is a product whose operands are exchanged (`products.py`).
     """
 
     node: Node
     row_axes: tuple[int | None, ...]
+    exchanged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +101,12 @@ def find_row_sum(
 
     def linear(node: Node, operand: int) -> RowSum | None:
         argument = visit(node.ins[operand])
+        if (
+            isinstance(argument, Contraction)
+            and not argument.exchanged
+            and is_exchange(argument.node, node)
+        ):
+            return dataclasses.replace(argument, exchanged=True)
         return None if argument is None else LinearMap(node, operand, argument)
 
     def visit(v: int) -> RowSum | None:
@@ -209,12 +222,13 @@ def sum_rows_apart(
             # rule, by `vmap`, changes its axes.
             mapped = [0 if n == operand else None for n in range(len(operands))]
             return jax.vmap(lambda *arrays: bind(node, arrays)[0], mapped)(*operands)
-        case Contraction(node, row_axes):
+        case Contraction(node, row_axes, exchanged):
+            run = bind_exchanged if exchanged else bind
             # Only this equation runs device by device. The whole backward under
             # `shard_map` would make every mean over the batch (batch norm) a mean over
             # the rows of one device.
             over_devices = jax.shard_map(
-                lambda *own: bind(node, own)[0][None],
+                lambda *own: run(node, own)[0][None],
                 mesh=mesh,
                 in_specs=tuple(
                     P() if a is None else P(*[None] * a, axes) for a in row_axes
