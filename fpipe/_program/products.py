@@ -90,6 +90,10 @@ def is_exchange(product: Node, transpose: Node) -> bool:
         return False
     if params.get("out_sharding") is not None:
         return False
+    # What becomes the left operand must not be the larger one.
+    first, second = (operand.aval.size for operand in product.eqn.invars)
+    if second > first:
+        return False
     contracted, batch = params["dimension_numbers"]
     # The result has the axes of the batch, then those that are left of each operand.
     first = len(batch[0])
