@@ -17,6 +17,7 @@ from two_processes import (
     HALF_IN_ONE,
     HALVES,
     IN_BOTH,
+    ONE_STAGE,
     UNSENT,
     replies,
     serve,
@@ -141,25 +142,26 @@ class Maker:
         """A step, and the loss and the sum of the squared gradients that it
         computes.
         """
+        # What runs on both cores shows what they do for each other's speed.
+        if self.rank and schedule in ("unpipelined", HALF_IN_ONE, ONE_STAGE):
+            return lambda: None, 0, 0
         shape = jax.ShapeDtypeStruct(self.arrays.shape[1:], jnp.float32)
         if schedule in ("unpipelined", IN_BOTH, *HALVES):
-            # What runs on both cores shows what they do for each other's speed.
-            if self.rank and schedule in ("unpipelined", HALF_IN_ONE):
-                return lambda: None, 0, 0
             if schedule not in self.params:
                 count = BLOCKS // 2 if schedule in HALVES else BLOCKS
                 keys = [jax.random.fold_in(self.key, k) for k in range(count)]
                 self.params[schedule] = [init(key, shape) for key in keys]
             call = unpipelined(checkpoint == "always", m)
             x, t = map(jnp.asarray, self.arrays)
-        elif schedule.startswith(ALONE):
+        elif schedule == ONE_STAGE or schedule.startswith(ALONE):
+            count = BLOCKS if schedule == ONE_STAGE else BLOCKS // 2
             pipe = fpipe.Pipe(
-                self.layers[: BLOCKS // 2],
+                self.layers[:count],
                 devices=jax.local_devices(),
-                balance=[BLOCKS // 2],
+                balance=[count],
                 chunks=m,
                 checkpoint=checkpoint,
-                schedule=schedule.removeprefix(ALONE),
+                schedule="1f1b" if schedule == ONE_STAGE else schedule[len(ALONE) :],
                 executor="scan",
             )
             self.params[schedule] = pipe.init(self.key, shape)

@@ -28,7 +28,9 @@ faster than torch.
 `seconds` is time in which it waited for the other one. `faults` are its page faults.
 
 `--alone` shows what bounds the pipeline. `in_both` is the unpipelined step on both
-cores at the same time: what they share (caches, memory) makes each slower.
+cores at the same time: what they share (caches, memory) makes each slower. `one_stage`
+is the whole model as one stage on the first core: what fpipe's programs gain by
+themselves.
 `half_in_one` is the unpipelined step of half of the model on the first core alone,
 `half_in_both` on both cores at the same time: what XLA makes of a stage.
 `stage_alone_gpipe` is half of the model on each core at the same time, as a pipeline of
@@ -67,10 +69,10 @@ TORCH = "2.13.0"
 SCHEDULES = ("gpipe", "eager_1f1b", "interleaved_1f1b")
 TORCH_SCHEDULES = ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleavedZeroBubble")
 # Rows of what runs without a pipeline. The unpipelined step on both cores at the same
-# time; the same of half of the model, on one core and on both; one stage on both, with
-# its residuals in pools as a schedule of one device has them; and a pipeline on both
-# that sends nothing.
-IN_BOTH, ALONE, UNSENT = "in_both", "stage_alone_", "unsent_"
+# time; the whole model as one stage on one core; the unpipelined step of half of the
+# model, on one core and on both; one stage on both, with its residuals in pools as a
+# schedule of one device has them; and a pipeline on both that sends nothing.
+IN_BOTH, ONE_STAGE, ALONE, UNSENT = "in_both", "one_stage", "stage_alone_", "unsent_"
 HALF_IN_ONE, HALF_IN_BOTH = "half_in_one", "half_in_both"
 HALVES = (HALF_IN_ONE, HALF_IN_BOTH)
 INTERLEAVED = ("interleaved_1f1b", "ScheduleInterleavedZeroBubble")
@@ -319,7 +321,7 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     for m in args.microbatches:
         for checkpoint in args.checkpoints:
             alone = (
-                (IN_BOTH, *HALVES, *of_one_stage, *of_no_transfers)
+                (IN_BOTH, ONE_STAGE, *HALVES, *of_one_stage, *of_no_transfers)
                 if args.alone
                 else ()
             )
@@ -353,7 +355,7 @@ def without_a_pipe(schedule: str, m: int) -> float:
     """By what the speed-up of a step without a pipeline is multiplied: as if a pipeline
     with such stages could send for nothing.
     """
-    if schedule == IN_BOTH:
+    if schedule in (IN_BOTH, ONE_STAGE):
         return ideal(schedule, m)
     # Half of the model takes half of the time.
     return ideal(schedule, m) / 2 if sends_nothing(schedule) else 1.0

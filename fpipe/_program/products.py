@@ -9,10 +9,11 @@ come from the exchanged product, already in the order of `w`:
     p  = dot_general dy x    f32[out, in]        p  = dot_general x dy   f32[in, out]
     dw = transpose p         f32[in, out]        dw = p
 
-XLA for CPUs copies `dy` into another order for the product on the left, with all
-additions that make it, and its result once more. A step of a transformer of width 128
-took a sixth to a fifth less time without these copies (jax 0.10.2, unpipelined). XLA
-for GPUs chooses the order of both itself.
+XLA for CPUs copies the left operand into another order, in one loop with all that makes
+it, and the result of the transpose too. So operands are exchanged only where the left
+one does not become the larger one. A stage of four transformer blocks, forward and
+backward, took 8 to 14 % less time so (jax 0.10.2, width 128 and 512, side by side on a
+core). XLA for GPUs chooses the order of both itself.
 
 What is inside of loops, branches and recomputations is treated alike.
 """
@@ -90,21 +91,17 @@ def is_exchange(product: Node, transpose: Node) -> bool:
         return False
     if params.get("out_sharding") is not None:
         return False
-    # What becomes the left operand must not be the larger one.
-    first, second = (operand.aval.size for operand in product.eqn.invars)
-    if second > first:
+    left, right = (operand.aval for operand in product.eqn.invars)
+    # The right operand becomes the left one.
+    if right.size > left.size:
         return False
-    contracted, batch = params["dimension_numbers"]
     # The result has the axes of the batch, then those that are left of each operand.
-    first = len(batch[0])
-    left, right = (
-        operand.aval.ndim - len(axes) - first
-        for operand, axes in zip(product.eqn.invars, contracted, strict=True)
-    )
-    axes = range(first + left + right)
-    middle = first + left
-    exchanged = (*axes[:first], *axes[middle:], *axes[first:middle])
-    return tuple(transpose.eqn.params["permutation"]) == exchanged
+    contracted, batch = params["dimension_numbers"]
+    of_batch = len(batch[0])
+    end = left.ndim - len(contracted[0])
+    permutation = tuple(transpose.eqn.params["permutation"])
+    axes = range(len(permutation))
+    return permutation == (*axes[:of_batch], *axes[end:], *axes[of_batch:end])
 
 
 def bind_exchanged(product: Node, inputs: Sequence[Any]) -> Sequence[Any]:
