@@ -30,9 +30,8 @@ faster than torch.
 `--alone` shows what bounds the pipeline. `in_both` is the unpipelined step on both
 cores at the same time: what they share (caches, memory) makes each slower. `one_stage`
 is the whole model as one stage on the first core: what fpipe's programs gain by
-themselves.
-`half_in_one` is the unpipelined step of half of the model on the first core alone,
-`half_in_both` on both cores at the same time: what XLA makes of a stage.
+themselves. `half_in_one` is the unpipelined step of half of the model on the first core
+alone, `half_in_both` on both cores at the same time: what XLA makes of a stage.
 `stage_alone_gpipe` is half of the model on each core at the same time, as a pipeline of
 one stage: the programs of a stage, with residuals that wait in pools, and nothing that
 is sent. `unsent_gpipe` is the pipeline itself without its transfers: each process goes

@@ -20,12 +20,12 @@ What is inside of loops, branches and recomputations is treated alike.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fpipe._program.control_flow import calls_host
-from fpipe._program.graph import Bind, Graph, Node, bind, evaluate
-from fpipe._program.retracing import is_retraced, retrace
+from fpipe._program.graph import Bind, Graph, Node, bind
+from fpipe._program.retracing import Function, function_of, is_retraced, retrace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +52,9 @@ class ExchangedProducts:
             return retrace(node, inputs, self._function)
         return self.bind(node, inputs)
 
-    def _function(self, body: Graph) -> Callable[..., Sequence[Any]]:
+    def _function(self, body: Graph) -> Function:
         """A body as a function."""
-
-        def run(*values: Any) -> list[Any]:
-            given = dict(zip(body.inputs, values, strict=True))
-            inner = exchange_products(body.nodes, body.outputs, self.bind)
-            return evaluate(body, body.nodes, given, body.outputs, inner)
-
-        return run
+        return function_of(body, exchange_products(body.nodes, body.outputs, self.bind))
 
 
 def exchange_products(

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 
 from fpipe._program.control_flow import is_remat, scan_parts
-from fpipe._program.graph import Graph, Node, bind, inline
+from fpipe._program.graph import Bind, Graph, Node, bind, evaluate, inline
 
 Function: TypeAlias = Callable[..., Sequence[Any]]
 
@@ -51,6 +51,16 @@ def retrace(
         return function(node.bodies[0])(*inputs)
     # Anything else that has a body: a `shard_map`, a kernel.
     return bind(node, inputs)
+
+
+def function_of(body: Graph, bind: Bind) -> Function:
+    """A body as a function, whose equations are run by `bind`."""
+
+    def run(*values: Any) -> list[Any]:
+        given = dict(zip(body.inputs, values, strict=True))
+        return evaluate(body, body.nodes, given, body.outputs, bind)
+
+    return run
 
 
 def is_retraced(node: Node) -> bool:

@@ -27,8 +27,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from fpipe._model.specs import axes_in
-from fpipe._program.graph import Graph, Node, bind, evaluate
-from fpipe._program.retracing import retrace
+from fpipe._program.graph import Node, bind
+from fpipe._program.retracing import function_of, retrace
 
 Axes: TypeAlias = tuple[int, ...]
 
@@ -61,7 +61,7 @@ class WholeAxes:
         if node.name == "sharding_constraint" and self.taken:
             return [self._constrained(node, inputs[0])]
         if node.bodies and any(map(self._is_changed, _inner_nodes(node))):
-            return retrace(node, inputs, self._function)
+            return retrace(node, inputs, lambda body: function_of(body, self))
         # Some equations that make an array of nothing know the mesh as well.
         changed = {}
         if self.taken and node.eqn.params.get("sharding") is not None:
@@ -79,15 +79,6 @@ class WholeAxes:
 
     def _left(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(name for name in names if name not in self.taken)
-
-    def _function(self, body: Graph) -> Callable[..., Sequence[Any]]:
-        """A body as a function."""
-
-        def run(*values: Any) -> list[Any]:
-            given = dict(zip(body.inputs, values, strict=True))
-            return evaluate(body, body.nodes, given, body.outputs, self)
-
-        return run
 
     def _constrained(self, node: Node, array: Any) -> Any:
         """An array as a layer wants it, over the axes that are left."""
